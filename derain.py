@@ -30,6 +30,7 @@ import csv
 import hashlib
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -387,8 +388,8 @@ def draw_background(category: str, size: int, rng: np.random.Generator) -> Tenso
 
 
 # Formats that PIL decodes by itself.  (Others, such as EPS, go to a program that runs what they contain.)
-FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
-SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm")
 
 
 def open_image(path: str | Path) -> Tensor:
@@ -398,7 +399,7 @@ def open_image(path: str | Path) -> Tensor:
     Raises BadInput, naming the file, if it is missing, broken, no image, or has more pixels than PIL allows.
     """
     if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file")
+        raise BadInput(f"{path}: no such image file")
     try:
         with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as picture:
             warnings.simplefilter("ignore")
@@ -426,7 +427,7 @@ def image_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [f for f in found if f == path or (f.suffix.lower() in SUFFIXES and f.name[0] != ".")]
         if not found:
-            raise BadInput(f"{path}: no images in this folder (looked for {' '.join(sorted(SUFFIXES))})")
+            raise BadInput(f"{path}: no images in this folder (looked for {', '.join(SUFFIXES)})")
         files += found
     return list({file.resolve(): file for file in files}.values())  # named twice, still one image
 
@@ -555,6 +556,9 @@ def train(network: nn.Module, backgrounds: Tensor, degrade: Degradation, steps: 
     """
     device = next(network.parameters()).device
     optimizer = optimizer or make_optimizer(network)
+    # glibc gives freed memory back and asks for it again at every step, a third of the time.  Once it has seen a
+    # block of 30 MB come and go, it keeps as much.
+    torch.empty(30 * 2 ** 18)
     losses = []
     for step in range(start, steps):
         rng = stream(seed, "training", step)
@@ -611,12 +615,14 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
             expected = NETWORKS[config["net"]](**config["arguments"]).state_dict()
         if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in weights.items()}:
             raise ValueError("its weights do not fit its configuration")
-        network = build_network(config["net"], **config["arguments"])
-        network.load_state_dict(weights)
         if not 0 <= content["step"] <= config["steps"]:
             raise ValueError("its number of steps is impossible")
+        network = build_network(config["net"], **config["arguments"])
+        network.load_state_dict(weights)
     except Exception as problem:  # an unpickler fails in as many ways as files are damaged
-        reason = str(problem).strip().split("\n")[0][:120] or type(problem).__name__
+        named = re.search(r"GLOBAL (\S+)", str(problem))  # what an unpickler that ran code would have called
+        reason = f"it names {named[1]}, which is not run" if named else f"{type(problem).__name__}: {problem}"
+        reason = reason.split("\n")[0][:100]
         raise BadInput(f"{path} is no checkpoint that `derain.py train` wrote ({reason})") from None
     return network, content
 
@@ -828,12 +834,12 @@ def describe(rows: list[dict]) -> str:
     _, few, many, _, few_seen, many_seen = rows
     better = "more" if few["E_R"] > many["E_R"] else "NOT more"
     pick = "few" if few_seen["psnr"] > many_seen["psnr"] else "many"
-    lines.append(f"""
-Trained on {few["backgrounds"]} backgrounds instead of {many["backgrounds"]}, the network removes {better} \
-of the rain that it never saw: E_R {few["E_R"]:.1f} against {many["E_R"]:.1f} (ideal {few["E_R_ideal"]:.1f}), \
-at E_B {few["E_B"]:.1f} against {many["E_B"]:.1f}.
-A benchmark on the training rain would have picked the {pick}: \
-PSNR {few_seen["psnr"]:.1f} dB for few, {many_seen["psnr"]:.1f} dB for many.""")
+    lines.append(
+        f"\nTrained on {few['backgrounds']} backgrounds instead of {many['backgrounds']}, the network "
+        f"removes {better} of the rain that it never saw:\nE_R {few['E_R']:.1f} against {many['E_R']:.1f} "
+        f"(ideal {few['E_R_ideal']:.1f}), at E_B {few['E_B']:.1f} against {many['E_B']:.1f}.\nA benchmark on the "
+        f"training rain would have picked the {pick}: PSNR {few_seen['psnr']:.1f} against "
+        f"{many_seen['psnr']:.1f} dB.")
     return "\n".join(lines)
 
 
@@ -952,7 +958,7 @@ def check_output(path: Path, suffixes: Iterable[str]) -> Path:
     if path.is_dir():
         raise BadInput(f"{path} is a folder; name a file in it")
     if path.suffix.lower() not in suffixes:
-        raise BadInput(f"{path} should end in {' or '.join(sorted(suffixes))}")
+        raise BadInput(f"{path} should end in {' or '.join(suffixes)}")
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise BadInput(f"{path} cannot be written, because {parent} is no folder that you may write to")
     return path
@@ -982,10 +988,11 @@ def save_image(image: Tensor, path: Path, original: Path) -> None:
     print(f"wrote {path}")
 
 
-def pick_device(name: str | None) -> str:
-    """The device asked for, else a GPU if there is one, else the CPU.  Raises BadInput if it is not there."""
+def pick_device(name: str) -> str:
+    """The device asked for; "auto" is a GPU if there is one.  Raises BadInput if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
         return str(torch.zeros(1, device=name).device)
     except Exception:
         raise BadInput(f"there is no device {name} here; try --device cpu") from None
@@ -994,7 +1001,7 @@ def pick_device(name: str | None) -> str:
 def command_headline(args: argparse.Namespace) -> None:
     if args.few >= args.many:
         raise BadInput(f"--few {args.few} should be less than --many {args.many}")
-    device, target = pick_device(args.device), check_output(args.out / "headline.png", {".png"})
+    device, target = pick_device(args.device), check_output(args.out / "headline.png", (".png",))
     training, held_out = training_and_held_out(args.backgrounds, args.category, args.seed)
     what = "photographs" if args.backgrounds else f"embedded images ({args.category})"
     print(f"{what}: {len(training)} to train on, {len(held_out)} held out; {args.steps} steps in {args.rain} "
@@ -1008,7 +1015,7 @@ def command_headline(args: argparse.Namespace) -> None:
 
 def command_figures(args: argparse.Namespace) -> None:
     for name, draw in (("rain", figure_rain), ("backgrounds", figure_backgrounds)):
-        target = check_output(args.out / f"{name}.png", {".png"})
+        target = check_output(args.out / f"{name}.png", (".png",))
         save_figure(*draw(args.seed), target)
 
 
@@ -1024,7 +1031,7 @@ def command_rain(args: argparse.Namespace) -> None:
 
 
 def command_train(args: argparse.Namespace) -> None:
-    device, target = pick_device(args.device), check_output(args.output, {".pt"})
+    device, target = pick_device(args.device), check_output(args.output, (".pt",))
     if args.backgrounds:
         images = load_images(args.backgrounds, smallest=PATCH, pixels=PHOTO_PIXELS)
     else:
@@ -1096,56 +1103,61 @@ def whole(least: int) -> Callable[[str], int]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Every command and option, each described where it is declared."""
-    layout = argparse.ArgumentDefaultsHelpFormatter
     shared = {
-        "--backgrounds": dict(nargs="+", metavar="PATH", help="photographs: files or folders"),
-        "--category": dict(choices=(*BACKGROUNDS, "all"), default="faces", help="which embedded images"),
-        "--rain": dict(choices=("small", "medium", "large"), default="small", help="the training rain"),
-        "--steps": dict(type=whole(1), default=2500, help="training steps"),
-        "--seed": dict(type=whole(0), default=0, help="of all that is drawn at random"),
-        "--device": dict(metavar="NAME", default=argparse.SUPPRESS,
-                         help="cpu, cuda, ... (default: a GPU if there is one)"),
-        "--out": dict(type=Path, default=Path("figures"), metavar="FOLDER", help="for figures and tables"),
-        "--output": dict(type=Path, required=True, metavar="FILE", default=argparse.SUPPRESS),
+        "--backgrounds": dict(nargs="+", metavar="PATH", help="photographs (files, folders) to use instead"),
+        "--category": dict(choices=(*BACKGROUNDS, "all"), default="faces", help="embedded images to use"),
+        "--rain": dict(choices=("small", "medium", "large"), default="small", help="rain to train on"),
+        "--steps": dict(type=whole(1), default=2500, metavar="N", help="training steps"),
+        "--seed": dict(type=whole(0), default=0, metavar="N", help="of all that is drawn at random"),
+        "--device": dict(default="auto", metavar="NAME", help="cpu or cuda; auto: a GPU if there is one"),
+        "--out": dict(type=Path, default=Path("figures"), metavar="FOLDER", help="where results go"),
     }
-    parser = Parser(prog="derain.py", formatter_class=layout, epilog=(
-        "example: python derain.py --backgrounds my_photos/ --few 16 --many 1024 --seed 1"), description=(
-        "Without a command: train a network on few backgrounds and another on many, and compare how they "
-        "remove rain that neither saw.  With a command: see `derain.py COMMAND --help`."))
-    for name in ("--backgrounds", "--category", "--rain", "--steps", "--seed", "--device", "--out"):
-        parser.add_argument(name, **shared[name])
-    parser.add_argument("--few", type=whole(1), default=8, help="backgrounds of the first network")
-    parser.add_argument("--many", type=whole(2), default=1024, help="backgrounds of the second network")
-    parser.set_defaults(run=command_headline, device=None)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    def add(name: str, run: Callable, about: str, example: str, *options: str, output: str = "") -> Parser:
-        command = commands.add_parser(name, help=about, description=about, formatter_class=layout,
-                                      epilog=f"example: python derain.py {name} {example}")
-        if output:
-            command.add_argument("-o", "--output", help=output, **shared["--output"])
-        for option in options:
-            command.add_argument(option, **shared[option])
+    def add_options(parser: Parser, *names: str) -> None:
+        for name in names:
+            default = f" (default: {shared[name]['default']})" if "default" in shared[name] else ""
+            parser.add_argument(name, **{**shared[name], "help": shared[name]["help"] + default})
+
+    parser = Parser(prog="derain.py", epilog="example: python derain.py --backgrounds photos/ --seed 1",
+                    description="Without a command: train a network on few backgrounds and another on many, "
+                                "and compare how they remove rain that neither saw.")
+    parser.add_argument("--few", type=whole(1), default=8, metavar="N",
+                        help="backgrounds of one network (default: 8)")
+    parser.add_argument("--many", type=whole(2), default=1024, metavar="N",
+                        help="backgrounds of the other (default: 1024)")
+    add_options(parser, *shared)
+    parser.set_defaults(run=command_headline)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", description="each has a --help")
+
+    def add_command(run: Callable, about: str, example: str, output: str = "") -> Parser:
+        command = commands.add_parser(example.split()[0], help=about, description=about,
+                                      epilog=f"example: python derain.py {example}")
         command.set_defaults(run=run)
+        if output:
+            command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=output)
         return command
 
-    add("figures", command_figures, "draw the figures that explain rain and backgrounds", "--out figures",
-        "--seed", "--out")
-    command = add("rain", command_rain, "add rain to a photograph",
-                  "photo.jpg -o rainy.png --range large --seed 3", "--seed", output="the rainy photograph")
+    command = add_command(command_figures, "draw the figures that explain rain and backgrounds",
+                          "figures --out figures")
+    add_options(command, "--seed", "--out")
+    command = add_command(command_rain, "add rain to a photograph",
+                          "rain photo.jpg -o rainy.png --range large --seed 3", "the rainy photograph")
     command.add_argument("photo", type=Path, help="the photograph, of any size")
-    command.add_argument("--range", choices=RAIN, default="medium", help="what the rain is drawn from")
-    command = add("train", command_train, "train a network and keep it",
-                  "--backgrounds my_photos/ --n 64 --rain small --steps 3000 -o model.pt",
-                  "--backgrounds", "--category", "--rain", "--steps", "--seed", "--device",
-                  output="the checkpoint, .pt")
-    command.add_argument("--net", choices=NETWORKS, default="resnet", help="which network")
-    command.add_argument("--n", type=whole(1), default=64, help="number of distinct background patches")
+    command.add_argument("--range", choices=RAIN, default="medium", help="kind of rain (default: medium)")
+    add_options(command, "--seed")
+    command = add_command(command_train, "train a network and keep it",
+                          "train --backgrounds photos/ --n 64 --rain small --steps 3000 -o model.pt",
+                          "the checkpoint, a .pt file")
+    command.add_argument("--net", choices=NETWORKS, default="resnet", help="which network (default: resnet)")
+    command.add_argument("--n", type=whole(1), default=64, metavar="N",
+                         help="number of distinct background patches (default: 64)")
     command.add_argument("--resume", action="store_true", help="go on with the interrupted training in FILE")
-    command = add("restore", command_restore, "remove the rain from a photograph",
-                  "model.pt photo.jpg -o clean.png", "--device", output="the restored photograph")
+    add_options(command, "--backgrounds", "--category", "--rain", "--steps", "--seed", "--device")
+    command = add_command(command_restore, "remove the rain from a photograph",
+                          "restore model.pt photo.jpg -o clean.png", "the restored photograph")
     command.add_argument("model", type=Path, help="a checkpoint that `train` wrote")
     command.add_argument("photo", type=Path, help="the photograph, of any size")
+    add_options(command, "--device")
     return parser
 
 
