@@ -43,6 +43,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+# Threads of OpenMP wait for one another in a busy loop, and where another program runs too, the main job then
+# takes three times as long.  Let them sleep soon.  (It has to be said before torch is imported.)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -556,8 +560,8 @@ def train(network: nn.Module, backgrounds: Tensor, degrade: Degradation, steps: 
     """
     device = next(network.parameters()).device
     optimizer = optimizer or make_optimizer(network)
-    # glibc gives freed memory back and asks for it again at every step, a third of the time.  Once it has seen a
-    # block of 30 MB come and go, it keeps as much.
+    # glibc gives freed memory back and asks for it again at every step, a third of the time.  Once it has
+    # seen a block of 30 MB come and go, it keeps as much.
     torch.empty(30 * 2 ** 18)
     losses = []
     for step in range(start, steps):
@@ -689,12 +693,13 @@ def ssim(output: Tensor, clean: Tensor) -> float:
     if output.shape != clean.shape or min(clean.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs two equal shapes of at least 11x11 pixels, "
                          f"not {tuple(output.shape)} and {tuple(clean.shape)}")
-    window = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64, device=clean.device) / 1.5) ** 2)
+    window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     window = window / window.sum()
 
-    def blur(image: Tensor) -> Tensor:  # the window is separable: down the columns, then along the rows
-        columns = F.conv2d(image.flatten(0, 1)[:, None], window.view(1, 1, 11, 1))
-        return F.conv2d(columns, window.view(1, 1, 1, 11))  # (n * 3, 1, h - 10, w - 10)
+    def blur(image: Tensor) -> Tensor:  # to (n, 3, h - 10, w - 10), by 11 weighted shifts down, 11 across
+        height, width = image.shape[2] - 10, image.shape[3] - 10
+        image = sum(weight * image[:, :, i:i + height] for i, weight in enumerate(window))
+        return sum(weight * image[:, :, :, i:i + width] for i, weight in enumerate(window))
 
     x, y = output.double(), clean.double()
     mean_x, mean_y = blur(x), blur(y)
@@ -719,24 +724,24 @@ def restore(network: nn.Module, image: Tensor, tile: int = 512, overlap: int = 4
     Near the inner edges of a tile the network misses what lies beyond.  So in the overlap of two tiles the
     outer third of each is thrown away, and across the middle third the one fades into the other.
     """
-    output = torch.empty(image.shape)
-    height, width = image.shape[1:]
-    third = overlap // 3
-    corners = [(top, left) for top in range(0, max(height - overlap, 1), tile - overlap)
-               for left in range(0, max(width - overlap, 1), tile - overlap)]
-    progress = Progress("restoring tiles", len(corners))
+    output, third = torch.empty(image.shape), overlap // 3
+    tops, lefts = (range(0, max(side - overlap, 1), tile - overlap) for side in image.shape[1:])
+    progress = Progress("restoring tiles", len(tops) * len(lefts))
 
-    def fade(length: int, start: int) -> Tensor:  # 0: the earlier tile stays; 1: the new one
-        return ((torch.arange(length) + 0.5 - third) / third).clamp(0, 1) if start else torch.ones(length)
+    def lay(piece: Tensor, canvas: Tensor, dim: int, start: int) -> None:
+        if start + piece.shape[dim] < canvas.shape[dim]:
+            piece = piece.narrow(dim, 0, piece.shape[dim] - third)
+        below = canvas.narrow(dim, start, piece.shape[dim])
+        weight = (torch.arange(piece.shape[dim]) + 0.5 - third) / third if start else torch.ones(1)
+        weight = weight.clamp(0, 1).view(-1, 1) if dim == 1 else weight.clamp(0, 1)
+        below.copy_(torch.where(weight < 1, torch.lerp(below, piece, weight), piece))
 
-    for top, left in corners:
-        new = predict(network, image[None, :, top:top + tile, left:left + tile])[0]
-        bottom = top + tile - third if top + tile < height else height
-        right = left + tile - third if left + tile < width else width
-        new, old = new[:, :bottom - top, :right - left], output[:, top:bottom, left:right]
-        weight = fade(new.shape[1], top)[:, None] * fade(new.shape[2], left)
-        old.copy_(torch.where(weight < 1, torch.lerp(old, new, weight), new))
-        progress.step()
+    for top in tops:  # tiles make a strip, strips make the image
+        strip = torch.empty(3, min(tile, image.shape[1] - top), image.shape[2])
+        for left in lefts:
+            lay(predict(network, image[None, :, top:top + tile, left:left + tile])[0], strip, 2, left)
+            progress.step()
+        lay(strip, output, 1, top)
     return output
 
 
@@ -760,15 +765,16 @@ def training_and_held_out(paths: list[str] | None, category: str,
     category: one of BACKGROUNDS, or "all".  A single photograph cannot be split: the test then uses
     embedded images.
     """
-    chosen = BACKGROUNDS if category == "all" else (category,)
-    embedded = [[draw_background(chosen[i % len(chosen)], IMAGE, stream(seed, part, i)) for i in range(n)]
-                for part, n in (("backgrounds", TRAINING_IMAGES), ("held-out backgrounds", HELD_OUT_IMAGES))]
+    def embedded(part: str, n: int) -> list[Tensor]:
+        chosen = BACKGROUNDS if category == "all" else (category,)
+        return [draw_background(chosen[i % len(chosen)], IMAGE, stream(seed, part, i)) for i in range(n)]
+
     if not paths:
-        return embedded[0], embedded[1]
+        return embedded("backgrounds", TRAINING_IMAGES), embedded("held-out backgrounds", HELD_OUT_IMAGES)
     images = load_images(paths, smallest=TEST_PATCH, pixels=PHOTO_PIXELS)
     if len(images) == 1:
-        print("one photograph cannot be split; the test uses embedded backgrounds", file=sys.stderr)
-        return images, embedded[1]
+        print("one photograph cannot be split; the test uses embedded images", file=sys.stderr)
+        return images, embedded("held-out backgrounds", HELD_OUT_IMAGES)
     order = stream(seed, "split").permutation(len(images))
     held_out = max(1, len(images) // 4)
     return [images[i] for i in order[held_out:]], [images[i] for i in order[:held_out]]
@@ -837,8 +843,8 @@ def describe(rows: list[dict]) -> str:
     lines.append(
         f"\nTrained on {few['backgrounds']} backgrounds instead of {many['backgrounds']}, the network "
         f"removes {better} of the rain that it never saw:\nE_R {few['E_R']:.1f} against {many['E_R']:.1f} "
-        f"(ideal {few['E_R_ideal']:.1f}), at E_B {few['E_B']:.1f} against {many['E_B']:.1f}.\nA benchmark on the "
-        f"training rain would have picked the {pick}: PSNR {few_seen['psnr']:.1f} against "
+        f"(ideal {few['E_R_ideal']:.1f}), at E_B {few['E_B']:.1f} against {many['E_B']:.1f}.\nA benchmark on "
+        f"the training rain would have picked the {pick}: PSNR {few_seen['psnr']:.1f} against "
         f"{many_seen['psnr']:.1f} dB.")
     return "\n".join(lines)
 
@@ -853,10 +859,13 @@ def show(axes, picture: Tensor, title: str = "", **options):
 
 def typical_image(tested: dict[str, Tensor]) -> int:
     """Which tested image to show, unbiased: the one whose gap in E_R, few minus many, is the median."""
-    def e_r(name: str, i: int) -> float:
-        return decoupled_evaluation(*(tested[k][i:i + 1] for k in (name, "rainy", "clean", "rain")))["E_R"]
-    gaps = [e_r("few", i) - e_r("many", i) for i in range(len(tested["clean"]))]
-    return int(np.argsort(gaps)[len(gaps) // 2])
+    mask = rain_mask(tested["rain"])
+
+    def e_r(name: str) -> Tensor:  # (n,), of each image by itself
+        change = (tested[name] - tested["rainy"]).square() * mask
+        return (change.sum((1, 2, 3)) / mask.sum((1, 2, 3))).sqrt()
+
+    return int((e_r("few") - e_r("many")).argsort()[len(mask) // 2])
 
 
 def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) -> Figure:
@@ -978,7 +987,8 @@ def save_figure(figure: Figure, rows: list[dict], path: Path) -> None:
 
 def save_image(image: Tensor, path: Path, original: Path) -> None:
     """Write an image (3, h, w); grey, or with a colour profile, if the original is."""
-    picture = Image.fromarray(image.mul(255).round_().byte().permute(1, 2, 0).contiguous().numpy())
+    levels = torch.stack([channel.mul(255).round_().byte() for channel in image], dim=-1)  # (h, w, 3)
+    picture = Image.fromarray(levels.numpy())
     with Image.open(original, formats=FORMATS) as source:
         profile = source.info.get("icc_profile") if source.mode in ("RGB", "RGBA", "L") else None
         if source.mode[0] in "1LIF":
@@ -1008,6 +1018,7 @@ def command_headline(args: argparse.Namespace) -> None:
           f"rain, seed {args.seed}, {device}")
     rows, pictures = few_against_many(training, held_out, args.few, args.many, args.steps, args.seed,
                                       args.rain, device)
+    rows = [{"images": "photographs" if args.backgrounds else args.category, **row} for row in rows]
     print(f"\n{describe(rows)}\n")
     save_figure(figure_headline(rows, pictures), rows, target)
     save_figure(*figure_decoupled(pictures["unseen"]), args.out / "decoupled.png")

@@ -1,0 +1,39 @@
+"""What all tests share: the module under test, and a few small images."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # small tensors: a second thread would cost more than it brings
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder of six photographs of 160x140 pixels: smooth random blobs, no two alike."""
+    folder = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(7)
+    for i in range(6):
+        small = Image.fromarray(draw.integers(0, 256, (7, 8, 3), dtype=np.uint8))
+        small.resize((160, 140), Image.BICUBIC).save(folder / f"photo{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run():
+    """Run `python derain.py ARGUMENTS` as a user would; returns the finished process."""
+    def command(*arguments, **options):
+        return subprocess.run([sys.executable, ROOT / "derain.py", *map(str, arguments)], text=True,
+                              capture_output=True, timeout=120, **options)
+    return command
