@@ -405,8 +405,7 @@ def open_image(path: str | Path) -> Tensor:
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such image file")
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as picture:
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
             picture = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":  # greys of 16 or 32 bits, whole or floating point
                 grey = np.nan_to_num(np.asarray(picture, dtype=np.float32))
@@ -651,16 +650,18 @@ def rain_mask(rain: Tensor, threshold: float = RAIN_THRESHOLD) -> Tensor:
 def decoupled_evaluation(output: Tensor, rainy: Tensor, clean: Tensor, rain: Tensor) -> dict[str, float]:
     """Measure rain removal and background reconstruction apart.
 
-    Images (n, 3, h, w) and rain (n, 1, h, w) in [0, 1].  Returns, in grey levels (0 to 255), on the mask M:
+    Images (n, 3, h, w) and rain (n, 1, h, w), or (n, 3, h, w) if it is coloured, all in [0, 1].
+    With M the rain mask, and in grey levels from 0 to 255, returns:
       E_R        RMS(output - rainy) on M: how much was changed where it rained; higher is better, up to
                  E_R_ideal.  Wrecking the image raises it too, so never read it without E_B.
       E_B        RMS(output - clean) off M: how much was broken where it did not rain; lower is better.
       E_R_ideal  RMS(clean - rainy) on M: the E_R of a perfect output.
       psnr, ssim the usual whole-image measures, mean over the images, which hide the story.
-    An RMS is one root of one mean over all pixels and channels of the set, and NaN if there is none.
+    An RMS is one root of one mean over all pixels and channels of the set, and NaN if there is none; ssim is
+    NaN for images below 11x11.
     Raises ValueError if the shapes do not belong together.  (Paper, Section 3; Gu et al. 2023, Section 3.)
     """
-    if not output.shape == rainy.shape == clean.shape or rain.shape != (len(clean), 1, *clean.shape[2:]):
+    if not output.shape == rainy.shape == clean.shape or rain_mask(rain).shape != clean[:, :1].shape:
         raise ValueError("shapes do not fit: output {}, rainy {}, clean {}, rain {}".format(
             *(tuple(t.shape) for t in (output, rainy, clean, rain))))
     mask = rain_mask(rain).expand_as(clean)
@@ -669,7 +670,8 @@ def decoupled_evaluation(output: Tensor, rainy: Tensor, clean: Tensor, rain: Ten
         return 255 * difference.double().square().mean().sqrt().item()
 
     return {"E_R": rms((output - rainy)[mask]), "E_B": rms((output - clean)[~mask]),
-            "E_R_ideal": rms((clean - rainy)[mask]), "psnr": psnr(output, clean), "ssim": ssim(output, clean)}
+            "E_R_ideal": rms((clean - rainy)[mask]), "psnr": psnr(output, clean),
+            "ssim": ssim(output, clean) if min(clean.shape[-2:]) >= 11 else math.nan}
 
 
 def psnr(output: Tensor, clean: Tensor) -> float:
@@ -722,15 +724,13 @@ def restore(network: nn.Module, image: Tensor, tile: int = 512, overlap: int = 4
     """Restore one image (3, h, w) in [0, 1] of any size, by overlapping tiles, so that memory stays bounded.
 
     Near the inner edges of a tile the network misses what lies beyond.  So in the overlap of two tiles the
-    outer third of each is thrown away, and across the middle third the one fades into the other.
+    outer third of each does not count, and across the middle third the one fades into the other.
     """
     output, third = torch.empty(image.shape), overlap // 3
     tops, lefts = (range(0, max(side - overlap, 1), tile - overlap) for side in image.shape[1:])
     progress = Progress("restoring tiles", len(tops) * len(lefts))
 
     def lay(piece: Tensor, canvas: Tensor, dim: int, start: int) -> None:
-        if start + piece.shape[dim] < canvas.shape[dim]:
-            piece = piece.narrow(dim, 0, piece.shape[dim] - third)
         below = canvas.narrow(dim, start, piece.shape[dim])
         weight = (torch.arange(piece.shape[dim]) + 0.5 - third) / third if start else torch.ones(1)
         weight = weight.clamp(0, 1).view(-1, 1) if dim == 1 else weight.clamp(0, 1)
@@ -976,7 +976,7 @@ def check_output(path: Path, suffixes: Iterable[str]) -> Path:
 def save_figure(figure: Figure, rows: list[dict], path: Path) -> None:
     """Write a figure, and the numbers behind it as a .csv of the same name."""
     with writing(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
         table.writeheader()
         for row in rows:
             table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})

@@ -85,6 +85,14 @@ def test_mask_is_strict_and_joins_channels():
     assert derain.rain_mask(colour, threshold=0.6).sum() == 0
 
 
+def test_coloured_rain_and_tiny_images(images):
+    output, rainy, clean, rain = images
+    grey = derain.decoupled_evaluation(output, rainy, clean, rain)
+    assert derain.decoupled_evaluation(output, rainy, clean, rain.expand(-1, 3, -1, -1)) == grey
+    tiny = derain.decoupled_evaluation(*(t[..., :5, :5] for t in images))
+    assert math.isnan(tiny["ssim"]) and tiny["E_R"] > 0
+
+
 def test_wrong_shapes_are_refused(images):
     output, rainy, clean, rain = images
     with pytest.raises(ValueError, match="shapes"):
