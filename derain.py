@@ -1063,7 +1063,10 @@ def command_train(args: argparse.Namespace) -> None:
         if start == args.steps:
             print(f"{target} is complete: all {start} steps are done")
             return
-        optimizer.load_state_dict(content["optimizer"])
+        try:
+            optimizer.load_state_dict(content["optimizer"])
+        except Exception:
+            raise BadInput(f"{target} lacks the optimizer's state; leave out --resume to begin anew") from None
     progress, interrupted = Progress("training", args.steps - start), threading.Event()
 
     def after_step(step: int, loss: float) -> None:

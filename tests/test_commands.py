@@ -184,3 +184,15 @@ def test_import_is_quick_and_quiet():
     seconds = [float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout)
                for _ in range(2)]
     assert min(seconds) < 3
+
+
+def test_an_unfinished_checkpoint_without_its_optimizer_is_refused(tmp_path, capsys):
+    import derain
+    import torch
+    options = ["train", "--n", "4", "--steps", "2", "-o", str(tmp_path / "a.pt")]
+    assert derain.main(options) == 0
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save({**content, "step": 1}, tmp_path / "a.pt")
+    capsys.readouterr()
+    assert derain.main([*options, "--resume"]) == 2
+    assert "optimizer" in capsys.readouterr().err
