@@ -1066,7 +1066,7 @@ def command_train(args: argparse.Namespace) -> None:
         try:
             optimizer.load_state_dict(content["optimizer"])
         except Exception:
-            raise BadInput(f"{target} lacks the optimizer's state; leave out --resume to begin anew") from None
+            raise BadInput(f"{target} lacks the optimizer's state; begin anew without --resume") from None
     progress, interrupted = Progress("training", args.steps - start), threading.Event()
 
     def after_step(step: int, loss: float) -> None:
