@@ -838,13 +838,14 @@ def describe(rows: list[dict]) -> str:
         lines.append("{:8}{:>24}{:8.1f}{:8.1f}{:8.1f}{:10.2f}{:8.3f}".format(
             row["tested_on"], name, *(row[key] for key in ("E_R", "E_R_ideal", "E_B", "psnr", "ssim"))))
     _, few, many, _, few_seen, many_seen = rows
-    better = "more" if few["E_R"] > many["E_R"] else "NOT more"
+    gap = few["E_R"] - many["E_R"]
+    better = "about as much" if abs(gap) < 2 else "more" if gap > 0 else "less"
     pick = "few" if few_seen["psnr"] > many_seen["psnr"] else "many"
     lines.append(
         f"\nTrained on {few['backgrounds']} backgrounds instead of {many['backgrounds']}, the network "
         f"removes {better} of the rain that it never saw:\nE_R {few['E_R']:.1f} against {many['E_R']:.1f} "
         f"(ideal {few['E_R_ideal']:.1f}), at E_B {few['E_B']:.1f} against {many['E_B']:.1f}.\nA benchmark on "
-        f"the training rain would have picked the {pick}: PSNR {few_seen['psnr']:.1f} against "
+        f"the training rain would have picked the one with {pick}: PSNR {few_seen['psnr']:.1f} against "
         f"{many_seen['psnr']:.1f} dB.")
     return "\n".join(lines)
 
@@ -1014,8 +1015,8 @@ def command_headline(args: argparse.Namespace) -> None:
     device, target = pick_device(args.device), check_output(args.out / "headline.png", (".png",))
     training, held_out = training_and_held_out(args.backgrounds, args.category, args.seed)
     what = "photographs" if args.backgrounds else f"embedded images ({args.category})"
-    print(f"{what}: {len(training)} to train on, {len(held_out)} held out; {args.steps} steps in {args.rain} "
-          f"rain, seed {args.seed}, {device}")
+    print(f"{what}: {len(training)} to cut training patches from, {len(held_out)} held out; "
+          f"{args.steps} steps in {args.rain} rain, seed {args.seed}, {device}")
     rows, pictures = few_against_many(training, held_out, args.few, args.many, args.steps, args.seed,
                                       args.rain, device)
     rows = [{"images": "photographs" if args.backgrounds else args.category, **row} for row in rows]
@@ -1037,7 +1038,8 @@ def command_rain(args: argparse.Namespace) -> None:
     factors = draw_factors(1, RAIN[args.range], rng)
     rain = render_rain(factors, tuple(image.shape[1:]), rng)
     print("{} rain, seed {}: quantity {:.1f} streaks per 10,000 pixels, width {:.2f} px, length {:.1f} px, "
-          "direction {:.1f} degrees from vertical".format(args.range, args.seed, *factors[0].tolist()))
+          "direction {:.1f} degrees from vertical (above 0 leans like /)".format(
+              args.range, args.seed, *factors[0].tolist()))
     save_image(add_rain(image[None], rain)[0], target, args.photo)
 
 

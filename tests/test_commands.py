@@ -38,7 +38,7 @@ def test_the_main_job(run, tmp_path):
 def test_the_main_job_on_photographs(run, photos, tmp_path):
     done = run("--backgrounds", photos, photos / "photo0.png", "--rain", "large", "--steps", 2, "--many", 20, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "photographs: 5 to train on, 1 held out" in done.stdout and "large" in done.stdout
+    assert "photographs: 5 to cut training patches from, 1 held out" in done.stdout and "large" in done.stdout
 
 
 def test_figures(run, tmp_path):

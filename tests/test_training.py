@@ -197,5 +197,6 @@ def test_the_sentence_follows_from_the_numbers():
                 for t, o, n, e, p in (("unseen", "rainy", 0, 0.0, 9.0), ("unseen", "few", 4, few, 12.0),
                                       ("unseen", "many", 99, many, 11.0), ("small", "rainy", 0, 0.0, 9.0),
                                       ("small", "few", 4, 70.0, 20.0), ("small", "many", 99, 70.0, 30.0))]
-    assert "removes more" in derain.describe(rows(50.0, 20.0)) and "picked the many" in derain.describe(rows(50.0, 20.0))
-    assert "removes NOT more" in derain.describe(rows(20.0, 50.0))
+    assert "removes more of" in derain.describe(rows(50.0, 20.0)) and "with many" in derain.describe(rows(50.0, 20.0))
+    assert "removes less of" in derain.describe(rows(20.0, 50.0))
+    assert "removes about as much of" in derain.describe(rows(50.5, 50.0))
