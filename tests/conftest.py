@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,4 +37,16 @@ def run():
     def command(*arguments, **options):
         return subprocess.run([sys.executable, ROOT / "derain.py", *map(str, arguments)], text=True,
                               capture_output=True, timeout=120, **options)
+    return command
+
+
+@pytest.fixture
+def call(capsys):
+    """The same without a new process, which takes seconds to import torch: returns status, output and errors."""
+    def command(*arguments):
+        import derain
+        capsys.readouterr()
+        status = derain.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=captured.out, stderr=captured.err)
     return command

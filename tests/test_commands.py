@@ -18,7 +18,7 @@ def files_in(folder):
 
 
 def test_the_main_job(run, tmp_path):
-    done = run("--steps", 3, "--few", 2, "--many", 8, "--seed", 4, "--out", tmp_path / "a")
+    done = run("--category", "urban", "--steps", 3, "--few", 2, "--many", 8, "--seed", 4, "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     assert files_in(tmp_path / "a") == ["decoupled.csv", "decoupled.png", "headline.csv", "headline.png"]
     with open(tmp_path / "a" / "headline.csv") as file:
@@ -29,7 +29,7 @@ def test_the_main_job(run, tmp_path):
         assert f"{float(row['E_R']):.1f}" in done.stdout and f"{float(row['psnr']):.2f}" in done.stdout
     assert "headline.png" in done.stdout and "Trained on 2 backgrounds instead of 8" in done.stdout
     assert "Traceback" not in done.stderr
-    again = run("--steps", 3, "--few", 2, "--many", 8, "--seed", 4, "--out", tmp_path / "b")
+    again = run("--category", "urban", "--steps", 3, "--few", 2, "--many", 8, "--seed", 4, "--out", tmp_path / "b")
     for name in files_in(tmp_path / "a"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert again.stdout == done.stdout.replace("/a/", "/b/")
@@ -50,11 +50,11 @@ def test_figures(run, tmp_path):
     assert lengths == sorted(lengths)  # the more streaks, the more wet pixels
 
 
-def test_rain_on_a_photograph(run, photos, tmp_path):
+def test_rain_on_a_photograph(call, photos, tmp_path):
     photo = photos / "photo2.png"
     outputs = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
     for output, seed in zip(outputs, (3, 3, 4)):
-        done = run("rain", photo, "-o", output, "--range", "large", "--seed", seed)
+        done = call("rain", photo, "-o", output, "--range", "large", "--seed", seed)
         assert done.returncode == 0, done.stderr
     assert outputs[0].read_bytes() == outputs[1].read_bytes() != outputs[2].read_bytes()
     dry, wet = (np.asarray(Image.open(p).convert("RGB")).astype(int) for p in (photo, outputs[0]))
@@ -63,18 +63,18 @@ def test_rain_on_a_photograph(run, photos, tmp_path):
         assert word in done.stdout
 
 
-def test_train_resume_restore(run, photos, tmp_path):
+def test_train_resume_restore(call, photos, tmp_path):
     options = ["--backgrounds", photos, "--n", 8, "--steps", 4, "--seed", 1]
-    done = run("train", *options, "-o", tmp_path / "a.pt")
+    done = call("train", *options, "-o", tmp_path / "a.pt")
     assert done.returncode == 0 and "a.pt" in done.stdout, done.stderr
-    complete = run("train", *options, "-o", tmp_path / "a.pt", "--resume")
+    complete = call("train", *options, "-o", tmp_path / "a.pt", "--resume")
     assert complete.returncode == 0 and "complete" in complete.stdout
-    other = run("train", *options[:-1], 2, "-o", tmp_path / "a.pt", "--resume")
+    other = call("train", *options[:-1], 2, "-o", tmp_path / "a.pt", "--resume")
     assert other.returncode == 2 and "seed" in other.stderr and other.stderr.count("\n") == 1
     grey = tmp_path / "grey.png"
     Image.open(photos / "photo1.png").convert("L").resize((61, 33)).save(grey)
     for photo, output in ((photos / "photo1.png", "x.jpg"), (grey, "y.png")):
-        done = run("restore", tmp_path / "a.pt", photo, "-o", tmp_path / output)
+        done = call("restore", tmp_path / "a.pt", photo, "-o", tmp_path / output)
         assert done.returncode == 0, done.stderr
         with Image.open(photo) as before, Image.open(tmp_path / output) as after:
             assert before.size == after.size and before.mode == after.mode
