@@ -591,7 +591,7 @@ def save_checkpoint(path: str | Path, network: nn.Module, config: dict, step: in
     """Write a network, the configuration that made it, and the number of steps done.
 
     config holds plain values; "net" and "arguments" say how to build the network, "steps" how many it
-    should get. The optimizer's state belongs into the checkpoint of an unfinished training only.
+    should get. The optimizer's state belongs in the checkpoint of an unfinished training only.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     content = {"config": config, "step": step, "weights": weights}
@@ -1179,8 +1179,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
-    args = make_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    args = make_parser().parse_args(words)
     try:
+        if args.run is not command_headline and words[0].startswith("-"):
+            raise BadInput("options belong behind the command, not before it")
         args.run(args)
     except (BadInput, OSError) as problem:
         print(f"derain.py: {problem}", file=sys.stderr)
