@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import json
 import math
 import os
 import re
@@ -40,7 +41,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 # Threads of OpenMP wait for one another in a busy loop, and where another program runs too, the main job then
@@ -51,7 +54,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
 # ==========================================================================================================
@@ -226,6 +229,81 @@ def rain_degradation(rain_range: RainRange) -> Degradation:
         rain = rain_layers(len(clean), tuple(clean.shape[-2:]), rain_range, rng)
         return add_rain(clean, rain), rain
     return degrade
+
+
+def stroke_rain(clean: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A second unseen rain, made another way, so that no claim hangs on one recipe; a Degradation.
+
+    Drops are drawn as strokes that taper to a point, in three layers of depth: far ones many, small and
+    faint; near ones few, big and bright.  They are translucent white, so the light behind them counts:
+    O = 1 - (1 - B)(1 - R), "screen" blending, where R is the strokes' opacity.
+    """
+    n, _, height, width = clean.shape
+    fine = 3  # drawn this much larger, then averaged: smooth edges
+    layers = np.zeros((n, height, width), dtype=np.float32)
+    for layer in layers:
+        lean = math.radians(rng.choice([-1, 1]) * rng.uniform(55, 75))
+        along = fine * np.array([math.sin(lean), -math.cos(lean)])
+        across = fine * np.array([math.cos(lean), math.sin(lean)])
+        for depth in (1, 1.5, 2.5):
+            canvas = Image.new("L", (fine * width, fine * height))
+            pen = ImageDraw.Draw(canvas)
+            for _ in range(rng.poisson(height * width / 10_000 * 60 / depth ** 1.5)):
+                tail = rng.uniform(-0.2, 1.2, 2) * canvas.size
+                head = tail - depth * rng.uniform(12, 24) * along
+                end = depth * rng.uniform(0.6, 1.2) * across
+                pen.polygon([*tail, *(head + end), *(head - end)], fill=int(255 * rng.uniform(0.15, 0.3) * depth))
+            stroke = np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
+            layer[:] = 1 - (1 - layer) * (1 - stroke)
+    rain = torch.from_numpy(layers)[:, None]
+    return 1 - (1 - clean) * (1 - rain), rain
+
+
+# Noise is the other degradation that the paper looks at.  Each kind draws its level from a narrow interval,
+# chosen so that every kind is about equally strong: 25 grey levels, root mean square, on mid grey.
+NOISE = {
+    "gaussian": (0.09, 0.11),  # standard deviation, of each pixel and channel by itself
+    "uniform": (0.16, 0.19),  # half the width of the interval of values
+    "poisson": (40, 60),  # photons that make full brightness: the fewer, the noisier
+    "salt-and-pepper": (0.03, 0.05),  # share of the pixels that turn white or black
+    "correlated": (0.09, 0.11),  # standard deviation; neighbours are alike, as after a blur of sigma 1.5 px
+}
+
+
+def noise_degradation(kind: str) -> Degradation:
+    """The degradation that adds noise of a kind in NOISE, O = clip(B + N, 0, 1).
+
+    Its residual is N (n, 3, h, w), signed, as it is before clipping.
+    """
+    def degrade(clean: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        n, channels, height, width = clean.shape
+        level = torch.from_numpy(rng.uniform(*NOISE[kind], (n, 1, 1, 1))).float()
+        if kind == "gaussian":
+            noise = level * torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
+        elif kind == "uniform":
+            noise = level * (2 * torch.from_numpy(rng.random(clean.shape, dtype=np.float32)) - 1)
+        elif kind == "poisson":
+            noise = torch.from_numpy(rng.poisson(clean * level)) / level - clean
+        elif kind == "salt-and-pepper":
+            chance = torch.from_numpy(rng.random((n, 1, height, width), dtype=np.float32))
+            noise = torch.where(chance < level, (chance < level / 2).float() - clean, torch.zeros(()))
+        else:
+            axis = torch.arange(-4, 5) / 1.5
+            blur = torch.exp(-0.5 * (axis[:, None] ** 2 + axis ** 2))
+            white = rng.standard_normal((n * channels, 1, height + 8, width + 8), dtype=np.float32)
+            # Weights whose squares add up to 1 keep the variance of white noise.
+            noise = F.conv2d(torch.from_numpy(white), (blur / blur.square().sum().sqrt())[None, None])
+            noise = level * noise.view(clean.shape)
+        noise = noise.float()
+        return (clean + noise).clamp(0, 1), noise
+    return degrade
+
+
+def degradation(name: str) -> Degradation:
+    """The degradation of that name: one of RAIN, one of NOISE, or "strokes"."""
+    if name == "strokes":
+        return stroke_rain
+    return noise_degradation(name) if name in NOISE else rain_degradation(RAIN[name])
 
 
 # ==========================================================================================================
@@ -505,11 +583,13 @@ class ResNet(nn.Module):
     """A plain residual network: a convolution in, blocks that add to what they are given, a convolution out.
 
     No path leads around the network as a whole: it must draw all that it shows, so what it has learned to
-    draw decides what comes out.  The default has 19,443 parameters.
+    draw decides what comes out.  (With skip=True it draws a correction to its input instead.)  The default
+    has 19,443 parameters.
     """
 
-    def __init__(self, channels: int = 16, blocks: int = 4):
+    def __init__(self, channels: int = 16, blocks: int = 4, skip: bool = False):
         super().__init__()
+        self.skip = skip
         self.head = nn.Conv2d(3, channels, 3, padding=1)
         self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
                                                 nn.Conv2d(channels, channels, 3, padding=1))
@@ -520,10 +600,177 @@ class ResNet(nn.Module):
         features = self.head(degraded)  # (n, channels, h, w)
         for block in self.body:
             features = features + block(features)
-        return self.tail(features)
+        return self.tail(features) + degraded if self.skip else self.tail(features)
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"resnet": ResNet}
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Grow images (n, c, h, w) to the right and downwards, mirrored, until both sides divide by `multiple`."""
+    bottom, right = (-side % multiple for side in images.shape[-2:])
+    mirrored = bottom < images.shape[-2] and right < images.shape[-1]
+    return F.pad(images, (0, right, 0, bottom), "reflect" if mirrored else "replicate")
+
+
+class UNet(nn.Module):
+    """A U-Net (Ronneberger et al. 2015), two levels deep.
+
+    On the way down the image halves and the channels double, so the network sees far; on the way up each
+    level gets back the details that it had on the way down.  The default has 117,075 parameters.
+    """
+
+    def __init__(self, channels: int = 16):
+        super().__init__()
+        def two(inputs: int, outputs: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(),
+                                 nn.Conv2d(outputs, outputs, 3, padding=1), nn.ReLU())
+        self.down = nn.ModuleList([two(3, channels), two(channels, 2 * channels)])
+        self.bottom = two(2 * channels, 4 * channels)
+        self.grow = nn.ModuleList([nn.ConvTranspose2d(4 * channels, 2 * channels, 2, 2),
+                                   nn.ConvTranspose2d(2 * channels, channels, 2, 2)])
+        self.up = nn.ModuleList([two(4 * channels, 2 * channels), two(2 * channels, channels)])
+        self.tail = nn.Conv2d(channels, 3, 1)
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        features, details = pad_to_multiple(degraded, 4), []
+        for level in self.down:
+            details.append(level(features))
+            features = F.max_pool2d(details[-1], 2)
+        features = self.bottom(features)  # (n, 4 channels, h / 4, w / 4)
+        for grow, level in zip(self.grow, self.up):
+            features = level(torch.cat([details.pop(), grow(features)], 1))
+        return self.tail(features)[..., :degraded.shape[2], :degraded.shape[3]]
+
+
+# SwinIR (Liang et al. 2021) replaces the convolution by attention: each pixel collects from all others what
+# it needs, weighted by how well they match.  All others would be too many, so pixels attend within windows;
+# and so that news also crosses from window to window, every second block shifts the windows by half.
+
+def to_windows(image: Tensor, window: int) -> Tensor:
+    """Cut (n, h, w, c) into windows: (n * windows, window * window, c)."""
+    n, h, w, c = image.shape
+    cut = image.view(n, h // window, window, w // window, window, c)
+    return cut.transpose(2, 3).reshape(-1, window * window, c)
+
+
+def from_windows(windows: Tensor, window: int, shape: torch.Size) -> Tensor:
+    """Undo to_windows; shape is that of the image, (n, h, w, c)."""
+    n, h, w, c = shape
+    cut = windows.view(n, h // window, w // window, window, window, c)
+    return cut.transpose(2, 3).reshape(shape)
+
+
+@lru_cache(maxsize=16)  # made once for each image size
+def shift_mask(h: int, w: int, window: int, device: torch.device) -> Tensor:
+    """What to add to attention in shifted windows, (windows, window ** 2, window ** 2): 0 or -100.
+
+    Shifting rolls the image around its edges, so that a window there holds pixels from opposite sides of the
+    image.  -100 keeps them from attending to one another.
+    """
+    def band(side: int) -> Tensor:  # 0, then 1 in the last window, then 2 in the part that was rolled in
+        place = torch.arange(side, device=device)
+        return (place >= side - window).long() + (place >= side - window // 2)
+    region = to_windows((3 * band(h)[:, None] + band(w))[None, :, :, None], window)[..., 0]
+    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within windows, with a learned bias for each offset between two pixels."""
+
+    def __init__(self, dim: int, heads: int, window: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        y, x = (t.flatten() for t in torch.meshgrid(*[torch.arange(window)] * 2, indexing="ij"))
+        offset = (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
+        self.register_buffer("offset", offset, persistent=False)  # row of the table for each pair of pixels
+
+    def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
+        b, n, c = windows.shape  # windows of the batch, pixels of a window, channels
+        qkv = self.qkv(windows).view(b, n, 3, self.heads, c // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (b, heads, n, c / heads)
+        bias = self.relative_position_bias_table[self.offset].permute(2, 0, 1)  # (heads, n, n)
+        if mask is not None:
+            bias = bias + mask[:, None]  # (windows of an image, heads, n, n)
+        match = query * (c // self.heads) ** -0.5 @ key.transpose(-2, -1)  # (b, heads, n, n)
+        # (torch's fused attention is slower here, as the bias wants a gradient.)
+        weights = (match.view(-1, *bias.shape) + bias).softmax(-1).view(match.shape)
+        return self.proj((weights @ value).transpose(1, 2).reshape(b, n, c))
+
+
+class SwinBlock(nn.Module):
+    """Attention in (shifted) windows, then a two-layer perceptron for each pixel; each adds to its input."""
+
+    def __init__(self, dim: int, heads: int, window: int, shift: int, hidden: int):
+        super().__init__()
+        self.window, self.shift = window, shift
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, heads, window)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+
+    def forward(self, image: Tensor) -> Tensor:  # (n, h, w, c)
+        attended, shift, mask = self.norm1(image), self.shift, None
+        if shift:
+            attended = attended.roll((-shift, -shift), (1, 2))
+            mask = shift_mask(*image.shape[1:3], self.window, image.device)
+        attended = self.attn(to_windows(attended, self.window), mask)
+        attended = from_windows(attended, self.window, image.shape)
+        image = image + (attended.roll((shift, shift), (1, 2)) if shift else attended)
+        return image + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(image))))
+
+
+class SwinIR(nn.Module):
+    """SwinIR (Liang et al. 2021) for denoising: groups of Swin blocks between convolutions.
+
+    It predicts a correction to its input.  Arguments, names and numerics are the published ones, so that the
+    published denoising checkpoints load; only the default is smaller, with 10,935 parameters.
+    """
+
+    def __init__(self, embed_dim: int = 16, depths: tuple[int, ...] = (2,), num_heads: tuple[int, ...] = (2,),
+                 window_size: int = 8, mlp_ratio: float = 2.0):
+        super().__init__()
+        def conv(inputs: int, outputs: int) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.window = window_size
+        self.conv_first = conv(3, embed_dim)
+        self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)})
+        self.layers = nn.ModuleList()
+        for depth, heads in zip(depths, num_heads, strict=True):
+            blocks = nn.ModuleList(SwinBlock(embed_dim, heads, window_size, i % 2 * (window_size // 2),
+                                             int(embed_dim * mlp_ratio)) for i in range(depth))
+            group = nn.ModuleDict({"blocks": blocks})
+            self.layers.append(nn.ModuleDict({"residual_group": group, "conv": conv(embed_dim, embed_dim)}))
+        self.norm = nn.LayerNorm(embed_dim)
+        self.conv_after_body, self.conv_last = conv(embed_dim, embed_dim), conv(embed_dim, 3)
+        for name, weights in self.named_parameters():
+            if weights.ndim == 2:  # linear layers and bias tables start small
+                nn.init.trunc_normal_(weights, std=0.02)
+            elif name.endswith(("qkv.bias", "proj.bias", "fc1.bias", "fc2.bias")):
+                nn.init.zeros_(weights)
+        mean = torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1)  # of DIV2K
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_load_state_dict_pre_hook(self.drop_derived)
+
+    @staticmethod
+    def drop_derived(_, weights: dict[str, Tensor], *__) -> None:
+        """Published checkpoints also hold tables that follow from the configuration; leave them out."""
+        for key in [k for k in weights if k.endswith(("relative_position_index", "attn_mask"))]:
+            del weights[key]
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        image = pad_to_multiple(degraded, self.window) - self.mean
+        shallow = self.conv_first(image)
+        deep = self.patch_embed["norm"](shallow.permute(0, 2, 3, 1))  # (n, h, w, c) from here on
+        for layer in self.layers:
+            features = deep
+            for block in layer["residual_group"]["blocks"]:
+                features = block(features)
+            deep = deep + layer["conv"](features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        deep = self.conv_after_body(self.norm(deep).permute(0, 3, 1, 2)) + shallow
+        restored = image + self.conv_last(deep) + self.mean
+        return restored[..., :degraded.shape[2], :degraded.shape[3]]
+
+
+NETWORKS: dict[str, type[nn.Module]] = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR}
 
 
 def build_network(name: str, seed: int = 0, **arguments) -> nn.Module:
@@ -674,6 +921,24 @@ def decoupled_evaluation(output: Tensor, rainy: Tensor, clean: Tensor, rain: Ten
             "ssim": ssim(output, clean) if min(clean.shape[-2:]) >= 11 else math.nan}
 
 
+def dense_evaluation(output: Tensor, noisy: Tensor, clean: Tensor) -> dict[str, float]:
+    """What stands in for decoupled_evaluation where every pixel is noisy, so that no mask tells them apart.
+
+    The change that a network makes, noisy - output, is split into the part that points along the noise v =
+    noisy - clean, which is removal, and the rest, which is damage.  In grey levels, over the whole set:
+      E_R        s RMS(v), s = <noisy - output, v> / <v, v>: how much noise was removed; E_R_ideal is RMS(v).
+      E_B        RMS(output - clean - (1 - s) v): what is wrong in the output and is no noise left over.
+    The two parts are orthogonal: RMS(output - clean)^2 = (E_R_ideal - E_R)^2 + E_B^2.  So wrecking the image
+    raises E_B but not E_R, as long as the noise has nothing to do with the image.  psnr and ssim as ever.
+    """
+    noise, change = (noisy - clean).double(), (noisy - output).double()
+    share = (change * noise).sum() / noise.square().sum()
+    ideal = 255 * noise.square().mean().sqrt()
+    damage = 255 * (change - share * noise).square().mean().sqrt()
+    return {"E_R": (share * ideal).item(), "E_B": damage.item(), "E_R_ideal": ideal.item(),
+            "psnr": psnr(output, clean), "ssim": ssim(output, clean)}
+
+
 def psnr(output: Tensor, clean: Tensor) -> float:
     """Peak signal-to-noise ratio, -10 log10(MSE) dB, of images (n, 3, h, w) in [0, 1]; mean over images.
 
@@ -766,7 +1031,7 @@ def training_and_held_out(paths: list[str] | None, category: str,
     embedded images.
     """
     def embedded(part: str, n: int) -> list[Tensor]:
-        chosen = BACKGROUNDS if category == "all" else (category,)
+        chosen = (category,) if category in BACKGROUNDS else BACKGROUNDS
         return [draw_background(chosen[i % len(chosen)], IMAGE, stream(seed, part, i)) for i in range(n)]
 
     if not paths:
@@ -957,6 +1222,257 @@ def figure_backgrounds(seed: int = 0) -> tuple[Figure, list[dict]]:
     return figure, rows
 
 
+# The other claims are many such trainings: a grid.  A `Run` says all that one result depends on, so that claims
+# can share runs, and a grid that was stopped can go on.  A `Claim` says which runs to compare, and how.
+#
+# What was chosen, and why, before any effect was looked at: five seeds, because a verdict needs them to agree.
+# 8 and 1,024 backgrounds, as in the main job; 2, to see the background break; 64, halfway between.  800 steps,
+# because the whole grid should take an hour on two slow cores.  Tests on 32 patches of 96x96 pixels.
+
+NUMBERS = (2, 8, 64, 1024)  # of backgrounds
+SEEDS, STEPS = 5, 800
+QUICK_SEEDS, QUICK_STEPS = 2, 150
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its tests: everything that the result depends on."""
+
+    n: int  # number of backgrounds
+    net: str = "resnet"
+    arguments: tuple[tuple[str, int], ...] = ()  # of the network
+    images: str = "faces"  # one of BACKGROUNDS, or photographs with a digest of what is in them
+    sharpness: str = "any"  # or low, middle, high: which third of the patches
+    trained_on: str = "small"
+    steps: int = STEPS
+    seed: int = 0
+    device: str = "cpu"
+
+    def file(self, folder: Path) -> Path:
+        """Where the result is kept."""
+        words = [self.net, *(f"{key}{value}" for key, value in self.arguments), self.images, self.sharpness,
+                 f"n{self.n}", self.trained_on, f"steps{self.steps}", f"seed{self.seed}", self.device]
+        return folder / f"{'_'.join(words)}.json"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper that runs can confirm or refute.
+
+    panels: each a list of runs that differ in the field `x` (and, later, in their seeds).  In each panel, for
+    each kind of test, and for each seed, the effect is the sum of coefficient * metric over the values of x in
+    `effect`; the statement holds where that is above zero.
+    """
+
+    statement: str
+    panels: dict[str, list[Run]]
+    x: str
+    effect: dict[int | str, int]
+    metric: str
+    tested_on: tuple[str, ...] = ("unseen",)
+
+
+def over_numbers(**fixed) -> list[Run]:
+    """Runs that differ in the number of backgrounds only."""
+    return [Run(n=n, **fixed) for n in NUMBERS]
+
+
+THREE_NETWORKS = {f"{net}, faces": over_numbers(net=net) for net in NETWORKS}
+EVERYTHING = {**THREE_NETWORKS, **{f"resnet, {kind}": over_numbers(images=kind) for kind in BACKGROUNDS[1:]}}
+CLAIMS = {
+    "few": Claim("E_R on unseen rain: 8 backgrounds > 1,024", EVERYTHING, "n", {8: 1, 1024: -1}, "E_R",
+                 ("unseen", "strokes")),
+    "benchmark": Claim("PSNR on the training rain: 1,024 backgrounds > 8, so a benchmark picks 1,024",
+                       EVERYTHING, "n", {1024: 1, 8: -1}, "psnr", ("training",)),
+    "too-few": Claim("E_B on unseen rain: 2 backgrounds instead of 8 cost more than 8 instead of 1,024",
+                     EVERYTHING, "n", {2: 1, 8: -2, 1024: 1}, "E_B"),
+    "sharp": Claim("E_R on unseen rain: the third of 64 x 3 backgrounds that is least sharp > the sharpest",
+                   {"resnet, natural": [Run(n=64, images="natural", sharpness=third)
+                                        for third in ("low", "middle", "high")]},
+                   "sharpness", {"low": 1, "high": -1}, "E_R"),
+    "range": Claim("E_R on unseen rain: trained on large rain > trained on small",
+                   {f"{n} backgrounds": [Run(n=n, trained_on=rain) for rain in ("small", "medium", "large")]
+                    for n in (8, 1024)},
+                   "trained_on", {"large": 1, "small": -1}, "E_R", ("unseen", "strokes")),
+    "capacity": Claim("E_R on unseen rain: 8 backgrounds > 1,024, at a quarter and at four times the size",
+                      {f"{size} parameters": [Run(n=n, arguments=more) for n in (8, 1024)]
+                       for size, more in (("5,115", (("channels", 8),)), ("19,443", ()),
+                                          ("75,747", (("channels", 32),)))},
+                      "n", {8: 1, 1024: -1}, "E_R"),
+    "noise": Claim("noise removed, on four kinds not trained on: 8 backgrounds > 1,024",
+                   {kind: [Run(n=n, trained_on=kind) for n in (8, 1024)] for kind in NOISE},
+                   "n", {8: 1, 1024: -1}, "removed", ("other noise",)),
+    # Not in the paper, but in our toy: a network that draws the correction learns the degradation.
+    "skip": Claim("(ours) E_R on unseen rain: 8 backgrounds > 1,024, though the network adds to its input",
+                  {"resnet with a global skip": [Run(n=n, arguments=(("skip", 1),)) for n in (8, 1024)]},
+                  "n", {8: 1, 1024: -1}, "E_R", ("unseen", "strokes")),
+}
+
+
+def adapt(claim: Claim, images: str | None, steps: int, quick: bool, device: str) -> Claim:
+    """The claim with other images (panels that then repeat one another are left out), steps and device.
+
+    quick keeps only the runs that the effect needs.
+    """
+    panels = {}
+    for label, runs in claim.panels.items():
+        runs = [replace(run, images=images or run.images, steps=steps, device=device) for run in runs
+                if not quick or getattr(run, claim.x) in claim.effect]
+        if runs not in panels.values():
+            panels[label.split(",")[0] if images else label] = runs
+    return replace(claim, panels=panels)
+
+
+def training_patches(run: Run, images: list[Tensor]) -> Tensor:
+    """The run's n backgrounds: few are among the many; of 3n for a third by sharpness, the n in that third."""
+    pool = 3 * run.n if run.sharpness != "any" else max(run.n, NUMBERS[-1])
+    patches = sample_patches(images, pool, PATCH, stream(run.seed, "patches"))
+    if run.sharpness != "any":
+        patches = patches[sharpness(patches).argsort()]
+    first = {"any": 0, "low": 0, "middle": run.n, "high": 2 * run.n}[run.sharpness]
+    return patches[first:first + run.n]
+
+
+def measure(run: Run, training: list[Tensor], held_out: list[Tensor],
+            after_step: Callable[[int, float], None] | None = None) -> list[dict]:
+    """Train and test as `run` says: a row {"tested_on", "E_R", ...} for each kind of degradation tested."""
+    patches = training_patches(run, training)
+    network = build_network(run.net, run.seed, **dict(run.arguments)).to(run.device)
+    train(network, patches, degradation(run.trained_on), run.steps, run.seed, after_step=after_step)
+    clean, rows = sample_patches(held_out, 32, 96, stream(run.seed, "test patches")), []
+    for tested in NOISE if run.trained_on in NOISE else ("unseen", "strokes", run.trained_on):
+        degraded, residual = degradation(tested)(clean, stream(run.seed, "test", tested))
+        output = predict(network, degraded)
+        if tested in NOISE and tested != "salt-and-pepper":
+            measured = dense_evaluation(output, degraded, clean)
+        else:
+            measured = decoupled_evaluation(output, degraded, clean, residual.abs())
+        rows.append({"tested_on": tested, **measured})
+    return rows
+
+
+@lru_cache(maxsize=None)
+def read_result(path: Path) -> list[dict]:
+    """The rows of a finished run, as `measure` gave them."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise BadInput(f"{path} is damaged; delete it, and the run will be done again") from None
+
+
+def results(runs: list[Run], tested_on: str, metric: str, seeds: int, folder: Path) -> np.ndarray:
+    """A metric of finished runs: (seeds, runs).
+
+    tested_on: a degradation; "training", the one trained on; or "other noise", the mean over all the others.
+    metric: as in the evaluations, or "removed", E_R in % of the ideal.
+    """
+    def one(run: Run) -> float:
+        kinds = {"training": {run.trained_on}, "other noise": {*NOISE} - {run.trained_on}}
+        rows = [row for row in read_result(run.file(folder))
+                if row["tested_on"] in kinds.get(tested_on, {tested_on})]
+        return np.mean([100 * row["E_R"] / row["E_R_ideal"] if metric == "removed" else row[metric]
+                        for row in rows])
+    return np.array([[one(replace(run, seed=seed)) for run in runs] for seed in range(seeds)])
+
+
+def verdict(effects: Iterable[float]) -> str:
+    """"reproduced" if every effect is above zero, "refuted" if every one is below, else "undecided"."""
+    signs = set(np.sign(list(effects)))
+    return "reproduced" if signs == {1} else "refuted" if signs == {-1} else "undecided"
+
+
+def verdict_rows(name: str, claim: Claim, seeds: int, folder: Path) -> list[dict]:
+    """The verdict on a claim: for each kind of test a row for all panels together, and one for each panel.
+
+    effect and spread are mean and standard deviation over the seeds (of the panels' mean, in the row for
+    all); a seed agrees with the row for all if each of its panels does.
+    """
+    rows = []
+    for tested in claim.tested_on:
+        effects = {}  # of each panel: (1, seeds)
+        for label, runs in claim.panels.items():
+            coefficients = [claim.effect.get(getattr(run, claim.x), 0) for run in runs]
+            effects[label] = results(runs, tested, claim.metric, seeds, folder)[None] @ coefficients
+        if len(effects) > 1:
+            effects = {"all": np.concatenate(list(effects.values())), **effects}
+        for label, effect in effects.items():
+            rows.append({"claim": name, "tested_on": tested, "panel": label, "metric": claim.metric,
+                         "effect": effect.mean(), "spread": effect.mean(0).std(ddof=min(1, seeds - 1)),
+                         "agree": int((effect > 0).all(0).sum()), "seeds": seeds,
+                         "verdict": verdict(effect.flat) if seeds >= SEEDS else "too few seeds"})
+    return rows
+
+
+def claim_rows(claim: Claim, seeds: int, folder: Path) -> list[dict]:
+    """Everything measured for a claim: a row for each panel, run, seed and kind of test."""
+    runs = [(label, replace(run, seed=seed)) for label, panel in claim.panels.items() for run in panel
+            for seed in range(seeds)]
+    return [{"panel": label, **asdict(run), "arguments": " ".join(f"{k}={v}" for k, v in run.arguments),
+             **row} for label, run in runs for row in read_result(run.file(folder))]
+
+
+def figure_claim(claim: Claim, seeds: int, folder: Path) -> Figure:
+    """A column a panel, a row a metric, over the claim's x: mean of the seeds, and a band that holds all."""
+    metrics = {"E_R": ("E_R", "E_B"), "E_B": ("E_B",), "psnr": ("psnr",)}[claim.metric]
+    names = {"E_R": "E_R: rain removed\n(higher is better)", "E_B": "E_B: background broken\n(lower is better)",
+             "psnr": "PSNR, dB\n(higher is better)", "n": "training backgrounds",
+             "trained_on": "range of training rain", "sharpness": "sharpness of backgrounds",
+             "unseen": "unseen rain", "strokes": "unseen rain of another make (strokes)",
+             "training": "the training rain"}
+    figure = Figure(figsize=(max(5.5, 1.5 + 1.9 * len(claim.panels)), 1.3 + 2.2 * len(metrics)),
+                    layout="constrained")
+    grid = figure.subplots(len(metrics), len(claim.panels), squeeze=False, sharex=True, sharey="row")
+    for metric, line in zip(metrics, grid):
+        for axes, (label, runs) in zip(line, claim.panels.items()):
+            values = [getattr(run, claim.x) for run in runs]
+            place = np.log2(values) if claim.x == "n" else range(len(values))
+            for tested, colour in zip(dict.fromkeys((*claim.tested_on, "unseen")), ("#0072b2", "#d55e00")):
+                measured = results(runs, tested, metric, seeds, folder)
+                axes.fill_between(place, measured.min(0), measured.max(0), color=colour, alpha=0.2, lw=0)
+                axes.plot(place, measured.mean(0), "o-", color=colour, ms=4, label=names[tested])
+                if metric == "E_R":
+                    ideal = results(runs, tested, "E_R_ideal", seeds, folder).mean(0)
+                    axes.plot(place, ideal, "--", color=colour, lw=1, label=f"{names[tested]}: ideal")
+            axes.set_xticks(place, [f"{value:,}" if claim.x == "n" else value for value in values])
+            if metric == metrics[-1]:
+                axes.set_xlabel(names[claim.x])
+            if metric == metrics[0]:
+                axes.set_title(label, fontsize=10)
+        line[0].set_ylabel(names[metric])
+        if metric != "psnr":
+            line[0].set_ylim(bottom=0)
+    figure.suptitle(claim.statement.replace("; ", ";\n"), fontsize=10)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def figure_noise(claim: Claim, seeds: int, folder: Path) -> Figure:
+    """Training kind against testing kind, with few backgrounds, with many, and the gap: removal and damage."""
+    numbers = [run.n for run in next(iter(claim.panels.values()))]
+    figure = Figure(figsize=(11.5, 7.5), layout="constrained")
+    for line, (metric, name, top) in zip(figure.subplots(2, 3, sharex=True, sharey=True), (
+            ("removed", "noise removed, % (more is better)", 100),
+            ("E_B", "E_B: image broken (less is better)", 30))):
+        few, many = (np.array([[results([runs[i]], tested, metric, seeds, folder).mean() for tested in NOISE]
+                               for runs in claim.panels.values()]) for i in range(2))  # (trained, tested)
+        for axes, table, title in zip(line, (few, many, few - many), (
+                f"{numbers[0]} backgrounds", f"{numbers[1]:,} backgrounds", "few less many")):
+            gap = table is not few and table is not many
+            handle = axes.imshow(table, cmap="PuOr" if gap else "viridis", vmin=-top / 2 if gap else 0,
+                                 vmax=top / 2 if gap else top)
+            for (i, j), value in np.ndenumerate(table):
+                dark = abs(value) > 0.35 * top if gap else value < 0.6 * top
+                axes.text(j, i, f"{value:+.0f}" if gap else f"{value:.0f}", ha="center", va="center",
+                          color="white" if dark else "black", weight="bold" if i == j else "normal")
+            axes.set_xticks(range(len(NOISE)), NOISE, rotation=30, ha="right")
+            axes.set_yticks(range(len(NOISE)), claim.panels)
+            axes.set_title(f"{name}\n{title}" if axes is line[0] else title, fontsize=10)
+            figure.colorbar(handle, ax=axes, shrink=0.8)
+        line[0].set_ylabel("trained on")
+    figure.supxlabel("tested on (bold: the kind trained on)", fontsize=10)
+    return figure
+
+
 # ==========================================================================================================
 # 8  Command line: how does one run it?
 # ==========================================================================================================
@@ -974,13 +1490,18 @@ def check_output(path: Path, suffixes: Iterable[str]) -> Path:
     return path
 
 
-def save_figure(figure: Figure, rows: list[dict], path: Path) -> None:
-    """Write a figure, and the numbers behind it as a .csv of the same name."""
-    with writing(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
+def save_table(rows: list[dict], path: Path) -> None:
+    """Write rows as a .csv file."""
+    with writing(path) as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, rows[0], lineterminator="\n")
         table.writeheader()
         for row in rows:
             table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def save_figure(figure: Figure, rows: list[dict], path: Path) -> None:
+    """Write a figure, and the numbers behind it as a .csv of the same name."""
+    save_table(rows, path.with_suffix(".csv"))
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=110, metadata={"Software": None})
     print(f"wrote {path} and {path.with_suffix('.csv')}")
@@ -1101,6 +1622,96 @@ def command_restore(args: argparse.Namespace) -> None:
     save_image(restore(network.to(pick_device(args.device)), image), target, args.photo)
 
 
+def command_reproduce(args: argparse.Namespace) -> None:
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    names = list(dict.fromkeys(args.claims or CLAIMS))
+    for name in names:
+        if name not in CLAIMS:
+            raise BadInput(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}")
+    seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
+    check_output(args.out / "verdicts.csv", (".csv",))
+    check_output(args.runs / "a.json", (".json",))
+    load = lru_cache(maxsize=2)(lambda category, seed: training_and_held_out(args.backgrounds, category, seed))
+    images = None
+    if args.backgrounds:
+        everything = [image for part in load("photographs", 0) for image in part]
+        contents = sorted(hashlib.sha256(image.numpy()).hexdigest() for image in everything)
+        images = f"photographs-{hashlib.sha256(''.join(contents).encode()).hexdigest()[:8]}"
+    steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
+    claims = {name: adapt(CLAIMS[name], images, steps, args.quick, pick_device(args.device)) for name in names}
+    wanted = {replace(run, seed=seed): None for seed in range(seeds) for claim in claims.values()
+              for runs in claim.panels.values() for run in runs}  # seed by seed; each run once
+    missing = [[run for run in wanted if not run.file(args.runs).exists()]]
+    if args.dry_run:
+        return print_plan(missing[0], len(wanted), load)
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        torch.distributed.broadcast_object_list(missing)  # the ranks must agree on what is missing
+    print(f"{len(wanted)} runs, {len(missing[0])} of them missing; results are kept in {args.runs}")
+    mine = missing[0][rank::ranks]
+    progress = Progress(f"rank {rank}: training steps" if ranks > 1 else "training steps", len(mine) * steps)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that results do not depend on the number of cores; more ranks use more cores
+    try:
+        for i, run in enumerate(mine):
+            rows = measure(run, *load(run.images.split("-")[0], run.seed),
+                           lambda *_: progress.step(f", {i} of {len(mine)} runs done"))
+            with writing(run.file(args.runs)) as temporary:
+                temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{progress.done // steps} of {len(mine)} runs were done; the same command "
+                                "goes on") from None
+    finally:
+        torch.set_num_threads(threads)
+    if ranks > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank:
+        return
+    rows = []
+    for name, claim in claims.items():
+        rows += verdict_rows(name, claim, seeds, args.runs)
+        draw = figure_noise if name == "noise" else figure_claim
+        save_figure(draw(claim, seeds, args.runs), claim_rows(claim, seeds, args.runs), args.out / f"{name}.png")
+    save_table(rows, args.out / "verdicts.csv")
+    print(f"wrote {args.out / 'verdicts.csv'}\n\n{'claim':10}{'tested on':13}{'panel':28}{'effect':>16}"
+          f"{'seeds agree':>15}  verdict")
+    for row in rows:
+        print("{claim:10}{tested_on:13}{panel:28}{effect:+9.2f} ± {spread:4.2f}{agree:>10} of {seeds}  {verdict}"
+              .format(**row))
+    for name, claim in claims.items():
+        print(f"{name}: {claim.statement}")
+    if seeds < SEEDS or args.quick:
+        print(f"A taste only: {seeds} seeds of {steps} steps. Verdicts need {SEEDS} seeds and {STEPS} steps.")
+
+
+def print_plan(missing: list[Run], total: int, load: Callable) -> None:
+    """Name the missing runs and say how long they will take, by timing a short run of each kind of network."""
+    kinds = {(run.net, run.arguments): run for run in missing}
+    progress, seconds = Progress("timing short runs", len(kinds)), 0.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for kind, run in kinds.items():
+        images = load(run.images.split("-")[0], run.seed)
+        measure(replace(run, steps=1), *images)  # the first is always slow
+        taken = []
+        for steps in (2, 12):
+            begun = time.monotonic()
+            measure(replace(run, steps=steps), *images)
+            taken.append(time.monotonic() - begun)
+        step = (taken[1] - taken[0]) / 10
+        seconds += sum(taken[0] + (other.steps - 2) * step for other in missing
+                       if (other.net, other.arguments) == kind)
+        progress.step()
+    torch.set_num_threads(threads)
+    for run in missing:
+        print(run.file(Path()).stem)
+    print(f"{len(missing)} of {total} runs are missing: about {seconds / 60:.1f} minutes in one process (one "
+          f"core); divide by the ranks under torchrun")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake gets one line."""
 
@@ -1169,6 +1780,18 @@ def make_parser() -> argparse.ArgumentParser:
                          help="number of distinct background patches (default: 64)")
     command.add_argument("--resume", action="store_true", help="go on with the interrupted training in FILE")
     add_options(command, "--backgrounds", "--category", "--rain", "--steps", "--seed", "--device")
+    command = add_command(command_reproduce, "test the paper's claims: trainings, figures, tables, verdicts",
+                          "reproduce few range --backgrounds photos/ --out figures/photographs")
+    command.add_argument("claims", nargs="*", metavar="CLAIM",
+                         help=f"{', '.join(CLAIMS)} (default: all)")
+    command.add_argument("--quick", action="store_true", help="a taste: few seeds and steps")
+    command.add_argument("--dry-run", action="store_true", help="name the missing runs, and time them")
+    command.add_argument("--seeds", type=whole(1), metavar="N", help=f"(default: {SEEDS}; quick: {QUICK_SEEDS})")
+    command.add_argument("--steps", type=whole(1), metavar="N", help=f"(default: {STEPS}; quick: {QUICK_STEPS})")
+    command.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER",
+                         help="where results of single runs are kept, to share and to go on from (default: runs)")
+    add_options(command, "--backgrounds", "--out")
+    command.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
     command = add_command(command_restore, "remove the rain from a photograph",
                           "restore model.pt photo.jpg -o clean.png", "the restored photograph")
     command.add_argument("model", type=Path, help="a checkpoint that `train` wrote")

@@ -1,0 +1,187 @@
+"""Section 7's grid: is a verdict what the numbers say, and does a grid survive whatever happens to it?"""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import derain
+from conftest import ROOT
+
+GRID = ("reproduce", "sharp", "--quick", "--steps", "2")  # 2 seeds of 2 trainings
+
+
+@pytest.mark.parametrize("effects, expected", (
+    ([1, 2, 0.1], "reproduced"), ([-1, -2], "refuted"), ([1, -1], "undecided"), ([1, 0], "undecided"),
+    ([0, 0], "undecided"), ([1, float("nan")], "undecided"), ([float("nan")], "undecided")))
+def test_verdict_needs_every_seed(effects, expected):
+    assert derain.verdict(effects) == expected
+
+
+def by_hand(folder: Path, run: derain.Run, values: dict[str, list[float]], metric="E_R"):
+    """Write results as a grid would: for each kind of test a number a seed."""
+    for seed in range(len(next(iter(values.values())))):
+        rows = [{"tested_on": tested, metric: numbers[seed], "E_R_ideal": 50} for tested, numbers in values.items()]
+        dataclasses.replace(run, seed=seed).file(folder).write_text(json.dumps(rows))
+
+
+def test_verdict_table_of_hand_made_results(tmp_path):
+    few, many, other = derain.Run(n=8), derain.Run(n=1024), derain.Run(n=8, net="unet")
+    by_hand(tmp_path, few, {"unseen": [5, 6, 7, 8, 9]})
+    by_hand(tmp_path, many, {"unseen": [1, 2, 3, 4, 5]})  # always 4 less
+    by_hand(tmp_path, other, {"unseen": [0, 3, 2, 6, 4]})  # less many: -1, 1, -1, 2, -1
+    claim = derain.Claim("a statement", {"one": [few, many], "two": [other, many]}, "n", {8: 1, 1024: -1}, "E_R")
+    rows = {row["panel"]: row for row in derain.verdict_rows("name", claim, 5, tmp_path)}
+    assert list(rows) == ["all", "one", "two"]
+    assert rows["one"]["effect"] == 4 and rows["one"]["spread"] == 0
+    assert (rows["one"]["agree"], rows["one"]["verdict"]) == (5, "reproduced")
+    assert rows["two"]["effect"] == 0 and rows["two"]["spread"] == pytest.approx(np.std([-1, 1, -1, 2, -1], ddof=1))
+    assert (rows["two"]["agree"], rows["two"]["verdict"]) == (2, "undecided")
+    assert rows["all"]["effect"] == 2 and (rows["all"]["agree"], rows["all"]["verdict"]) == (2, "undecided")
+    backwards = dataclasses.replace(claim, panels={"one": [few, many]}, effect={8: -1, 1024: 1})
+    assert derain.verdict_rows("name", backwards, 5, tmp_path)[0]["verdict"] == "refuted"
+    assert derain.verdict_rows("name", claim, 2, tmp_path)[0]["verdict"] not in ("reproduced", "refuted")
+
+
+def test_which_rows_a_claim_reads(tmp_path):
+    run = derain.Run(n=8, trained_on="gaussian")
+    by_hand(tmp_path, run, {"gaussian": [1], "uniform": [10], "poisson": [20]})
+    assert derain.results([run], "training", "E_R", 1, tmp_path) == [[1]]
+    assert derain.results([run], "other noise", "E_R", 1, tmp_path) == [[15]]
+    assert derain.results([run], "uniform", "removed", 1, tmp_path) == [[20]]  # % of the ideal, 50
+
+
+def test_a_result_is_named_by_everything_that_it_depends_on():
+    run = derain.Run(n=8)
+    changed = {"n": 9, "net": "unet", "arguments": (("channels", 8),), "images": "urban", "sharpness": "low",
+               "trained_on": "large", "steps": 7, "seed": 1, "device": "cuda"}
+    assert set(changed) == {field.name for field in dataclasses.fields(run)}
+    files = {dataclasses.replace(run, **{key: value}).file(Path()) for key, value in changed.items()}
+    assert len(files | {run.file(Path())}) == len(changed) + 1
+
+
+def test_claims_compare_like_with_like():
+    for name, claim in derain.CLAIMS.items():
+        assert sum(claim.effect.values()) == 0, name
+        for runs in claim.panels.values():
+            assert set(claim.effect) <= {getattr(run, claim.x) for run in runs}, name
+            assert len({dataclasses.replace(run, **{claim.x: None}) for run in runs}) == 1, name
+    assert derain.SEEDS >= 5
+    panels = derain.CLAIMS["few"].panels.values()
+    assert {run.net for runs in panels for run in runs} == set(derain.NETWORKS)
+    assert {run.images for runs in panels for run in runs} == set(derain.BACKGROUNDS)
+
+
+def test_thirds_by_sharpness_have_equal_numbers_and_do_not_overlap():
+    images = [derain.draw_background("natural", 96, np.random.default_rng(i)) for i in range(4)]
+    thirds = [derain.training_patches(derain.Run(n=10, sharpness=third), images) for third in ("low", "middle", "high")]
+    assert [len(third) for third in thirds] == [10, 10, 10]
+    low, middle, high = (derain.sharpness(third) for third in thirds)
+    assert low.max() <= middle.min() and middle.max() <= high.min() and low.mean() < 0.8 * high.mean()
+
+
+def test_few_backgrounds_are_among_the_many():
+    images = [torch.rand(3, 60, 60) for _ in range(3)]
+    few, many = (derain.training_patches(derain.Run(n=n), images) for n in (8, 1024))
+    assert torch.equal(few, many[:8]) and len(many) == 1024
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, photos, tmp_path_factory):
+    """A grid of tiny runs in one process: what it left."""
+    folder = tmp_path_factory.mktemp("grid")
+    done = run(*GRID, "--backgrounds", photos, "--runs", folder / "runs", "--out", folder / "out")
+    assert done.returncode == 0, done.stderr
+    assert "4 runs, 4 of them missing" in done.stdout and "taste" in done.stdout
+    files = content(folder)
+    assert {"out/sharp.png", "out/sharp.csv", "out/verdicts.csv"} < set(files) and len(files) == 7
+    return files
+
+
+def test_a_killed_grid_goes_on_to_the_same_bytes(undisturbed, run, photos, tmp_path):
+    command = [sys.executable, ROOT / "derain.py", *GRID, "--backgrounds", photos, "--runs", tmp_path / "runs",
+               "--out", tmp_path / "out"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("runs/*.json"))) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = content(tmp_path / "runs")
+    assert 2 <= len(kept) < 4 and not (tmp_path / "out").exists()
+    done = run(*command[2:])
+    assert f"4 runs, {4 - len([name for name in kept if name[0] != '.'])} of them missing" in done.stdout
+    assert content(tmp_path) == undisturbed
+
+
+def test_two_ranks_give_the_bytes_of_one(undisturbed, photos, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    done = subprocess.run([*torchrun, ROOT / "derain.py", *GRID, "--backgrounds", photos, "--runs", tmp_path / "runs",
+                           "--out", tmp_path / "out"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 2  # by rank 0 alone
+    assert content(tmp_path) == undisturbed
+
+
+def test_nothing_is_done_twice_and_a_dry_run_does_nothing(undisturbed, call, photos, tmp_path):
+    for name, data in undisturbed.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    places = ("--backgrounds", photos, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    assert "0 of them missing" in call(*GRID, *places).stdout
+    assert content(tmp_path) == undisturbed
+    removed = next((tmp_path / "runs").glob("*high*seed1*"))
+    removed.unlink()
+    shutil.rmtree(tmp_path / "out")
+    planned = call(*GRID, *places, "--dry-run")
+    assert planned.returncode == 0 and removed.stem in planned.stdout and "1 of 4 runs are missing" in planned.stdout
+    assert not removed.exists() and not (tmp_path / "out").exists()
+
+
+def test_other_photographs_are_other_runs(undisturbed, call, photos, tmp_path):
+    for photo in list(photos.iterdir())[:5]:
+        shutil.copy(photo, tmp_path)
+    planned = call(*GRID, "--backgrounds", tmp_path, "--runs", tmp_path / "runs", "--dry-run").stdout
+    names = {Path(name).stem for name in undisturbed if name.startswith("runs")}
+    assert planned.count("photographs-") == 4 and not names & set(planned.split())
+
+
+def test_bad_input_gets_one_line(call, tmp_path):
+    wrong = call("reproduce", "fewer")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "few, benchmark" in wrong.stderr
+    damaged = derain.Run(n=64, images="natural", sharpness="low", steps=1).file(tmp_path / "runs")
+    damaged.parent.mkdir()
+    for run in derain.CLAIMS["sharp"].panels["resnet, natural"]:
+        dataclasses.replace(run, steps=1).file(tmp_path / "runs").write_text("{")
+    bad = call("reproduce", "sharp", "--seeds", 1, "--steps", 1, "--runs", tmp_path / "runs", "--out", tmp_path)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and damaged.name in bad.stderr
+
+
+@pytest.mark.parametrize("name", derain.CLAIMS)
+def test_every_claim_draws_its_figure(name, tmp_path):
+    """From made-up results, so that no training is needed."""
+    draw = np.random.default_rng(0)
+    claim = derain.adapt(derain.CLAIMS[name], None, 5, False, "cpu")
+    for runs in claim.panels.values():
+        for run in runs:
+            for seed in range(2):
+                kinds = derain.NOISE if run.trained_on in derain.NOISE else ("unseen", "strokes", run.trained_on)
+                rows = [{"tested_on": kind, **dict(zip(("E_R", "E_B", "E_R_ideal", "psnr", "ssim"), draw.random(5)))}
+                        for kind in kinds]
+                dataclasses.replace(run, seed=seed).file(tmp_path).write_text(json.dumps(rows))
+    figure = (derain.figure_noise if name == "noise" else derain.figure_claim)(claim, 2, tmp_path)
+    figure.savefig(os.devnull, format="png")
+    assert len(derain.claim_rows(claim, 2, tmp_path)) == 2 * sum(
+        5 if name == "noise" else 3 for runs in claim.panels.values() for _ in runs)
