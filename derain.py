@@ -252,7 +252,8 @@ def stroke_rain(clean: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor
                 tail = rng.uniform(-0.2, 1.2, 2) * canvas.size
                 head = tail - depth * rng.uniform(12, 24) * along
                 end = depth * rng.uniform(0.6, 1.2) * across
-                pen.polygon([*tail, *(head + end), *(head - end)], fill=int(255 * rng.uniform(0.15, 0.3) * depth))
+                opacity = int(255 * depth * rng.uniform(0.15, 0.3))
+                pen.polygon([*tail, *(head + end), *(head - end)], fill=opacity)
             stroke = np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
             layer[:] = 1 - (1 - layer) * (1 - stroke)
     rain = torch.from_numpy(layers)[:, None]
@@ -604,7 +605,7 @@ class ResNet(nn.Module):
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Grow images (n, c, h, w) to the right and downwards, mirrored, until both sides divide by `multiple`."""
+    """Mirror images (n, c, h, w) on the right and at the bottom, until both sides divide by `multiple`."""
     bottom, right = (-side % multiple for side in images.shape[-2:])
     mirrored = bottom < images.shape[-2] and right < images.shape[-1]
     return F.pad(images, (0, right, 0, bottom), "reflect" if mirrored else "replicate")
@@ -660,16 +661,17 @@ def from_windows(windows: Tensor, window: int, shape: torch.Size) -> Tensor:
 
 @lru_cache(maxsize=16)  # made once for each image size
 def shift_mask(h: int, w: int, window: int, device: torch.device) -> Tensor:
-    """What to add to attention in shifted windows, (windows, window ** 2, window ** 2): 0 or -100.
+    """What to add to attention in shifted windows, (windows, window ** 2, window ** 2): 0 or -infinity.
 
     Shifting rolls the image around its edges, so that a window there holds pixels from opposite sides of the
-    image.  -100 keeps them from attending to one another.
+    image, which must not attend to one another.  (The original adds -100.  The weights of 1e-44 that this
+    leaves are denormal numbers, on which some processors are very slow.)
     """
     def band(side: int) -> Tensor:  # 0, then 1 in the last window, then 2 in the part that was rolled in
         place = torch.arange(side, device=device)
         return (place >= side - window).long() + (place >= side - window // 2)
     region = to_windows((3 * band(h)[:, None] + band(w))[None, :, :, None], window)[..., 0]
-    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
+    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -math.inf)
 
 
 class WindowAttention(nn.Module):
@@ -1071,8 +1073,9 @@ def train_in_parallel(networks: list[nn.Module], backgrounds: list[Tensor], degr
 
 
 def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int, many: int, steps: int,
-                     seed: int, rain: str = "small", device: str = "cpu") -> tuple[list[dict], dict]:
-    """Train the ResNet on few and on many backgrounds in one rain; test both on unseen rain and on that rain.
+                     seed: int, rain: str = "small", device: str = "cpu",
+                     net: str = "resnet") -> tuple[list[dict], dict]:
+    """Train a network on few and on many backgrounds in one rain; test both on unseen rain and on that rain.
 
     The few are among the many; both networks start from the same weights.  Returns the table, a row for
     each test rain and each of the rainy input and the two outputs; and for each test rain its images:
@@ -1080,7 +1083,7 @@ def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int, m
     channel).
     """
     patches = sample_patches(training, many, PATCH, stream(seed, "patches"))
-    networks = [build_network("resnet", seed).to(device) for _ in range(2)]
+    networks = [build_network(net, seed).to(device) for _ in range(2)]
     train_in_parallel(networks, [patches[:few], patches], rain_degradation(RAIN[rain]), steps, seed)
     clean = sample_patches(held_out, TEST_PATCHES, TEST_PATCH, stream(seed, "test patches"))
     rows, pictures = [], {}
@@ -1088,8 +1091,8 @@ def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int, m
         rainy, layer = rain_degradation(RAIN[tested])(clean, stream(seed, "test rain", tested))
         outputs = {"rainy": rainy, "few": predict(networks[0], rainy), "many": predict(networks[1], rainy)}
         for name, n in (("rainy", 0), ("few", few), ("many", many)):
-            rows.append({"tested_on": tested, "output": name, "backgrounds": n, "trained_on": rain,
-                         "steps": steps, "seed": seed,
+            rows.append({"net": net, "tested_on": tested, "output": name, "backgrounds": n,
+                         "trained_on": rain, "steps": steps, "seed": seed,
                          **decoupled_evaluation(outputs[name], rainy, clean, layer)})
         pictures[tested] = {**outputs, "clean": clean, "rain": layer}
     return rows, pictures
@@ -1222,12 +1225,12 @@ def figure_backgrounds(seed: int = 0) -> tuple[Figure, list[dict]]:
     return figure, rows
 
 
-# The other claims are many such trainings: a grid.  A `Run` says all that one result depends on, so that claims
-# can share runs, and a grid that was stopped can go on.  A `Claim` says which runs to compare, and how.
+# The other claims are many such trainings: a grid.  A `Run` says all that one result depends on, so that
+# claims can share runs, and a grid that was stopped can go on.  A `Claim` says which runs to compare.
 #
-# What was chosen, and why, before any effect was looked at: five seeds, because a verdict needs them to agree.
-# 8 and 1,024 backgrounds, as in the main job; 2, to see the background break; 64, halfway between.  800 steps,
-# because the whole grid should take an hour on two slow cores.  Tests on 32 patches of 96x96 pixels.
+# Chosen before any effect was looked at: five seeds, because a verdict needs them all to agree.  8 and 1,024
+# backgrounds, as in the main job; 2, to see the background break; 64, in between.  800 steps, because timed
+# runs said that the whole grid then takes an hour on two slow cores.
 
 NUMBERS = (2, 8, 64, 1024)  # of backgrounds
 SEEDS, STEPS = 5, 800
@@ -1260,8 +1263,8 @@ class Claim:
     """A statement of the paper that runs can confirm or refute.
 
     panels: each a list of runs that differ in the field `x` (and, later, in their seeds).  In each panel, for
-    each kind of test, and for each seed, the effect is the sum of coefficient * metric over the values of x in
-    `effect`; the statement holds where that is above zero.
+    each kind of test, and for each seed, the effect is the sum of coefficient * metric over the values of x
+    in `effect`; the statement holds where that is above zero.
     """
 
     statement: str
@@ -1324,7 +1327,7 @@ def adapt(claim: Claim, images: str | None, steps: int, quick: bool, device: str
 
 
 def training_patches(run: Run, images: list[Tensor]) -> Tensor:
-    """The run's n backgrounds: few are among the many; of 3n for a third by sharpness, the n in that third."""
+    """The run's n backgrounds: the first of many, or, of 3n sorted by sharpness, the n of a third."""
     pool = 3 * run.n if run.sharpness != "any" else max(run.n, NUMBERS[-1])
     patches = sample_patches(images, pool, PATCH, stream(run.seed, "patches"))
     if run.sharpness != "any":
@@ -1414,7 +1417,8 @@ def claim_rows(claim: Claim, seeds: int, folder: Path) -> list[dict]:
 def figure_claim(claim: Claim, seeds: int, folder: Path) -> Figure:
     """A column a panel, a row a metric, over the claim's x: mean of the seeds, and a band that holds all."""
     metrics = {"E_R": ("E_R", "E_B"), "E_B": ("E_B",), "psnr": ("psnr",)}[claim.metric]
-    names = {"E_R": "E_R: rain removed\n(higher is better)", "E_B": "E_B: background broken\n(lower is better)",
+    names = {"E_R": "E_R: rain removed\n(higher is better)",
+             "E_B": "E_B: background broken\n(lower is better)",
              "psnr": "PSNR, dB\n(higher is better)", "n": "training backgrounds",
              "trained_on": "range of training rain", "sharpness": "sharpness of backgrounds",
              "unseen": "unseen rain", "strokes": "unseen rain of another make (strokes)",
@@ -1447,7 +1451,7 @@ def figure_claim(claim: Claim, seeds: int, folder: Path) -> Figure:
 
 
 def figure_noise(claim: Claim, seeds: int, folder: Path) -> Figure:
-    """Training kind against testing kind, with few backgrounds, with many, and the gap: removal and damage."""
+    """Training kind against testing kind, for few backgrounds, many, and the gap: removal and damage."""
     numbers = [run.n for run in next(iter(claim.panels.values()))]
     figure = Figure(figsize=(11.5, 7.5), layout="constrained")
     for line, (metric, name, top) in zip(figure.subplots(2, 3, sharex=True, sharey=True), (
@@ -1537,9 +1541,9 @@ def command_headline(args: argparse.Namespace) -> None:
     training, held_out = training_and_held_out(args.backgrounds, args.category, args.seed)
     what = "photographs" if args.backgrounds else f"embedded images ({args.category})"
     print(f"{what}: {len(training)} to cut training patches from, {len(held_out)} held out; "
-          f"{args.steps} steps in {args.rain} rain, seed {args.seed}, {device}")
+          f"{args.net}, {args.steps} steps in {args.rain} rain, seed {args.seed}, {device}")
     rows, pictures = few_against_many(training, held_out, args.few, args.many, args.steps, args.seed,
-                                      args.rain, device)
+                                      args.rain, device, args.net)
     rows = [{"images": "photographs" if args.backgrounds else args.category, **row} for row in rows]
     print(f"\n{describe(rows)}\n")
     save_figure(figure_headline(rows, pictures), rows, target)
@@ -1623,93 +1627,109 @@ def command_restore(args: argparse.Namespace) -> None:
 
 
 def command_reproduce(args: argparse.Namespace) -> None:
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-    if rank:
-        sys.stdout = open(os.devnull, "w")
     names = list(dict.fromkeys(args.claims or CLAIMS))
     for name in names:
         if name not in CLAIMS:
             raise BadInput(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}")
-    seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
     check_output(args.out / "verdicts.csv", (".csv",))
-    check_output(args.runs / "a.json", (".json",))
-    load = lru_cache(maxsize=2)(lambda category, seed: training_and_held_out(args.backgrounds, category, seed))
-    images = None
-    if args.backgrounds:
-        everything = [image for part in load("photographs", 0) for image in part]
-        contents = sorted(hashlib.sha256(image.numpy()).hexdigest() for image in everything)
-        images = f"photographs-{hashlib.sha256(''.join(contents).encode()).hexdigest()[:8]}"
+    check_output(args.runs / "a run.json", (".json",))
+    seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
     steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
-    claims = {name: adapt(CLAIMS[name], images, steps, args.quick, pick_device(args.device)) for name in names}
+
+    @lru_cache(maxsize=2)
+    def load(images: str, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        return training_and_held_out(args.backgrounds, images, seed)
+
+    images = None
+    if args.backgrounds:  # other photographs are another experiment
+        digests = [hashlib.sha256(image.numpy()).hexdigest() for part in load("", 0) for image in part]
+        images = f"photographs-{hashlib.sha256(''.join(sorted(digests)).encode()).hexdigest()[:8]}"
+    device = pick_device(args.device)
+    claims = {name: adapt(CLAIMS[name], images, steps, args.quick, device) for name in names}
     wanted = {replace(run, seed=seed): None for seed in range(seeds) for claim in claims.values()
-              for runs in claim.panels.values() for run in runs}  # seed by seed; each run once
-    missing = [[run for run in wanted if not run.file(args.runs).exists()]]
-    if args.dry_run:
-        return print_plan(missing[0], len(wanted), load)
-    if ranks > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        torch.distributed.broadcast_object_list(missing)  # the ranks must agree on what is missing
-    print(f"{len(wanted)} runs, {len(missing[0])} of them missing; results are kept in {args.runs}")
-    mine = missing[0][rank::ranks]
-    progress = Progress(f"rank {rank}: training steps" if ranks > 1 else "training steps", len(mine) * steps)
+              for runs in claim.panels.values() for run in runs}  # each once, seed by seed
+    missing = [run for run in wanted if not run.file(args.runs).exists()]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so that results do not depend on the number of cores; more ranks use more cores
+    torch.set_num_threads(1)  # numbers that do not depend on the number of cores; torchrun uses more cores
     try:
-        for i, run in enumerate(mine):
-            rows = measure(run, *load(run.images.split("-")[0], run.seed),
-                           lambda *_: progress.step(f", {i} of {len(mine)} runs done"))
-            with writing(run.file(args.runs)) as temporary:
-                temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{progress.done // steps} of {len(mine)} runs were done; the same command "
-                                "goes on") from None
+        if args.dry_run:
+            print(*(run.file(Path()).stem for run in missing), sep="\n")
+            minutes = seconds(missing, load) / 60
+            print(f"{len(missing)} of {len(wanted)} runs are missing: about {minutes:.1f} minutes in one "
+                  "process, which uses one core; divide by the number of ranks under torchrun")
+        elif do_runs(missing, load, args.runs):
+            report(claims, seeds, args.runs, args.out)
+            if seeds < SEEDS or steps < STEPS:
+                print(f"A taste only, of {seeds} seeds and {steps} steps. The claims are tested with {SEEDS} "
+                      f"and {STEPS}.")
     finally:
         torch.set_num_threads(threads)
+
+
+def do_runs(missing: list[Run], load: Callable, folder: Path) -> bool:
+    """Do the missing runs and store each in `folder`; under torchrun, this rank's share of them.
+
+    Returns whether this process should report: it is the only one, or rank 0, and all runs are in.
+    """
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        agreed = [missing]
+        torch.distributed.broadcast_object_list(agreed)  # by now, a fast rank may have done some
+        missing = agreed[0]
+    if rank == 0:
+        print(f"{len(missing)} runs are missing; each is kept in {folder} when it is done", flush=True)
+    mine = missing[rank::ranks]
+    progress = Progress(f"training, rank {rank} of {ranks}", sum(run.steps for run in mine))
+    done = 0
+    try:
+        for run in mine:
+            rows = measure(run, *load(run.images, run.seed),
+                           lambda *_: progress.step(f", {done} of {len(mine)} runs done"))
+            with writing(run.file(folder)) as temporary:
+                temporary.write_text(json.dumps(rows, indent=1) + "\n")
+            done += 1
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{done} of {len(mine)} runs were done; the same command goes on") from None
     if ranks > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if rank:
-        return
-    rows = []
-    for name, claim in claims.items():
-        rows += verdict_rows(name, claim, seeds, args.runs)
-        draw = figure_noise if name == "noise" else figure_claim
-        save_figure(draw(claim, seeds, args.runs), claim_rows(claim, seeds, args.runs), args.out / f"{name}.png")
-    save_table(rows, args.out / "verdicts.csv")
-    print(f"wrote {args.out / 'verdicts.csv'}\n\n{'claim':10}{'tested on':13}{'panel':28}{'effect':>16}"
-          f"{'seeds agree':>15}  verdict")
-    for row in rows:
-        print("{claim:10}{tested_on:13}{panel:28}{effect:+9.2f} ± {spread:4.2f}{agree:>10} of {seeds}  {verdict}"
-              .format(**row))
-    for name, claim in claims.items():
-        print(f"{name}: {claim.statement}")
-    if seeds < SEEDS or args.quick:
-        print(f"A taste only: {seeds} seeds of {steps} steps. Verdicts need {SEEDS} seeds and {STEPS} steps.")
+    return rank == 0
 
 
-def print_plan(missing: list[Run], total: int, load: Callable) -> None:
-    """Name the missing runs and say how long they will take, by timing a short run of each kind of network."""
-    kinds = {(run.net, run.arguments): run for run in missing}
-    progress, seconds = Progress("timing short runs", len(kinds)), 0.0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for kind, run in kinds.items():
-        images = load(run.images.split("-")[0], run.seed)
-        measure(replace(run, steps=1), *images)  # the first is always slow
+def seconds(runs: list[Run], load: Callable) -> float:
+    """How long the runs will take in one process: two short runs of each network are timed."""
+    networks = {(run.net, run.arguments): run for run in runs}
+    progress, total = Progress("timing short runs", len(networks)), 0.0
+    for network, run in networks.items():
         taken = []
-        for steps in (2, 12):
+        for steps in (1, 2, 12):  # the first is always slow
             begun = time.monotonic()
-            measure(replace(run, steps=steps), *images)
+            measure(replace(run, steps=steps), *load(run.images, run.seed))
             taken.append(time.monotonic() - begun)
-        step = (taken[1] - taken[0]) / 10
-        seconds += sum(taken[0] + (other.steps - 2) * step for other in missing
-                       if (other.net, other.arguments) == kind)
+        step = max(0, taken[2] - taken[1]) / 10
+        total += sum(taken[1] + step * other.steps for other in runs
+                     if (other.net, other.arguments) == network)
         progress.step()
-    torch.set_num_threads(threads)
-    for run in missing:
-        print(run.file(Path()).stem)
-    print(f"{len(missing)} of {total} runs are missing: about {seconds / 60:.1f} minutes in one process (one "
-          f"core); divide by the ranks under torchrun")
+    return total
+
+
+def report(claims: dict[str, Claim], seeds: int, folder: Path, out: Path) -> None:
+    """Write a figure and a table for each claim, then the verdicts; print the verdicts."""
+    verdicts = []
+    for name, claim in claims.items():
+        verdicts += verdict_rows(name, claim, seeds, folder)
+        draw = figure_noise if name == "noise" else figure_claim
+        save_figure(draw(claim, seeds, folder), claim_rows(claim, seeds, folder), out / f"{name}.png")
+    save_table(verdicts, out / "verdicts.csv")
+    print(f"wrote {out / 'verdicts.csv'}")
+    for name, claim in claims.items():
+        print(f"\n{name}: {claim.statement}")
+        print(f"    {'tested on':13}{'panel':28}{'effect':>14}   seeds   verdict")
+        for row in verdicts:
+            if row["claim"] == name:
+                print("    {tested_on:13}{panel:28}{effect:+8.2f} ± {spread:.2f}{agree:>6} of {seeds}  "
+                      "{verdict}".format(**row))
 
 
 class Parser(argparse.ArgumentParser):
@@ -1733,6 +1753,7 @@ def make_parser() -> argparse.ArgumentParser:
     shared = {
         "--backgrounds": dict(nargs="+", metavar="PATH", help="photographs (files, folders) to use instead"),
         "--category": dict(choices=(*BACKGROUNDS, "all"), default="faces", help="embedded images to use"),
+        "--net": dict(choices=NETWORKS, default="resnet", help="which network"),
         "--rain": dict(choices=("small", "medium", "large"), default="small", help="rain to train on"),
         "--steps": dict(type=whole(1), default=2500, metavar="N", help="training steps"),
         "--seed": dict(type=whole(0), default=0, metavar="N", help="of all that is drawn at random"),
@@ -1775,21 +1796,21 @@ def make_parser() -> argparse.ArgumentParser:
     command = add_command(command_train, "train a network and keep it",
                           "train --backgrounds photos/ --n 64 --rain small --steps 3000 -o model.pt",
                           "the checkpoint, a .pt file")
-    command.add_argument("--net", choices=NETWORKS, default="resnet", help="which network (default: resnet)")
     command.add_argument("--n", type=whole(1), default=64, metavar="N",
                          help="number of distinct background patches (default: 64)")
     command.add_argument("--resume", action="store_true", help="go on with the interrupted training in FILE")
-    add_options(command, "--backgrounds", "--category", "--rain", "--steps", "--seed", "--device")
+    add_options(command, "--net", "--backgrounds", "--category", "--rain", "--steps", "--seed", "--device")
     command = add_command(command_reproduce, "test the paper's claims: trainings, figures, tables, verdicts",
                           "reproduce few range --backgrounds photos/ --out figures/photographs")
     command.add_argument("claims", nargs="*", metavar="CLAIM",
                          help=f"{', '.join(CLAIMS)} (default: all)")
     command.add_argument("--quick", action="store_true", help="a taste: few seeds and steps")
     command.add_argument("--dry-run", action="store_true", help="name the missing runs, and time them")
-    command.add_argument("--seeds", type=whole(1), metavar="N", help=f"(default: {SEEDS}; quick: {QUICK_SEEDS})")
-    command.add_argument("--steps", type=whole(1), metavar="N", help=f"(default: {STEPS}; quick: {QUICK_STEPS})")
+    for name, usual, quick in (("seeds", SEEDS, QUICK_SEEDS), ("steps", STEPS, QUICK_STEPS)):
+        command.add_argument(f"--{name}", type=whole(1), metavar="N",
+                             help=f"number of {name} (default: {usual}; quick: {quick})")
     command.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER",
-                         help="where results of single runs are kept, to share and to go on from (default: runs)")
+                         help="where the result of each run is kept, to go on from (default: runs)")
     add_options(command, "--backgrounds", "--out")
     command.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
     command = add_command(command_restore, "remove the rain from a photograph",
