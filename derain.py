@@ -44,6 +44,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 # Threads of OpenMP wait for one another in a busy loop, and where another program runs too, the main job then
@@ -781,6 +782,233 @@ def build_network(name: str, seed: int = 0, **arguments) -> nn.Module:
         torch.manual_seed(seed)
         # Channels-last keeps the channels of a pixel together in memory, which CPU convolutions prefer.
         return NETWORKS[name](**arguments).to(memory_format=torch.channels_last)
+
+
+# ==========================================================================================================
+# 4  Content prior: can a network be held to the manifold of clean images?
+#
+# A VQGAN (Esser et al. 2021) is an autoencoder with a narrow waist.  Its encoder turns an image into a small
+# grid of vectors; each is replaced by the nearest of a fixed list, the codebook; its decoder draws an image
+# from those.  Trained on clean images, it has words for what clean images hold, and none for rain.
+# ==========================================================================================================
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """The normalization that a VQGAN uses throughout; channels must divide by 32."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, each after a normalization and a swish, that add to what they are given."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class PixelAttention(nn.Module):
+    """Every pixel collects from all others what it needs (single-head attention), and adds it to itself."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (layer(y).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # (n, h w, c)
+        collected = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(collected.transpose(1, 2).reshape(x.shape))
+
+
+class Level(nn.Module):
+    """The blocks at one resolution, each with attention behind it or without."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool):
+        super().__init__()
+        self.block = nn.ModuleList(ResidualBlock(outputs if i else inputs, outputs) for i in range(blocks))
+        self.attn = nn.ModuleList(PixelAttention(outputs) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            x = self.attn[i](x) if self.attn else x
+        return x
+
+
+def middle(channels: int) -> nn.ModuleDict:
+    """Block, attention, block: what both halves have at the lowest resolution."""
+    return nn.ModuleDict({"block_1": ResidualBlock(channels, channels), "attn_1": PixelAttention(channels),
+                          "block_2": ResidualBlock(channels, channels)})
+
+
+class Encoder(nn.Module):
+    """Image to latent, halving the sides between levels."""
+
+    def __init__(self, widths: list[int], blocks: int, attention: list[bool], z_channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(Level(inputs, outputs, blocks, attends) for inputs, outputs, attends in
+                                  zip(widths, widths[1:], attention))
+        for level, width in zip(self.down[:-1], widths[1:]):
+            level.downsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
+        self.mid = middle(widths[-1])
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample["conv"](F.pad(x, (0, 1, 0, 1)))
+        for block in self.mid.values():
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latent to image, doubling the sides between levels; one block a level more than the encoder."""
+
+    def __init__(self, widths: list[int], blocks: int, attention: list[bool], z_channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1])
+        self.up = nn.ModuleList(Level(inputs, outputs, blocks + 1, attends) for inputs, outputs, attends in
+                                zip(widths[2:] + widths[-1:], widths[1:], attention))
+        for level, width in zip(self.up[1:], widths[2:]):
+            level.upsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+        self.norm_out, self.conv_out = group_norm(widths[1]), nn.Conv2d(widths[1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        for block in self.mid.values():
+            x = block(x)
+        for level in reversed(self.up):  # up[0] is the level of the image itself, and comes last
+            x = level(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample["conv"](F.interpolate(x, scale_factor=2))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Codebook(nn.Module):
+    """Vector quantization: replaces each vector by the nearest code (van den Oord et al. 2017)."""
+
+    def __init__(self, n_embed: int, embed_dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(n_embed, embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latent (n, d, h, w) to the quantized latent, the codes' indices (n, h, w), and the codebook loss.
+
+        Choosing the nearest has no gradient, so the quantized latent passes the gradient that it gets
+        straight through to the latent.  The loss, mean((sg(z_q) - z)^2) + 0.25 mean((z_q - sg(z))^2) where sg
+        stops the gradient, draws latents to their codes and, more slowly, codes to their latents.
+        """
+        vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, d)
+        codes = self.embedding.weight
+        # |v - c|^2 = |v|^2 - 2 v c + |c|^2, and |v|^2 is the same for all codes.
+        indices = (codes.square().sum(1) - 2 * vectors @ codes.T).argmin(-1)
+        quantized = self.embedding(indices).permute(0, 3, 1, 2)
+        loss = F.mse_loss(quantized.detach(), latent) + 0.25 * F.mse_loss(quantized, latent.detach())
+        return latent + (quantized - latent).detach(), indices, loss
+
+
+class VQGAN(nn.Module):
+    """The VQGAN of Esser et al. (2021): structure, names and numerics are the published ones.
+
+    ch * ch_mult[i] channels at the i-th level, which has half the resolution of the one before; attention at
+    the levels whose resolution is in attn_resolutions, if the image has `resolution` pixels a side (it may
+    have any other, which then divides by 2 ** (levels - 1)).  n_embed codes of embed_dim numbers.
+    Images are in [-1, 1] here.  The default is the published ImageNet configuration with 1024 codes.
+    """
+
+    def __init__(self, ch: int = 128, ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
+                 attn_resolutions: tuple[int, ...] = (16,), resolution: int = 256, z_channels: int = 256,
+                 n_embed: int = 1024, embed_dim: int = 256):
+        super().__init__()
+        widths = [ch, *(ch * factor for factor in ch_mult)]
+        attention = [resolution // 2 ** level in attn_resolutions for level in range(len(ch_mult))]
+        self.encoder = Encoder(widths, num_res_blocks, attention, z_channels)
+        self.decoder = Decoder(widths, num_res_blocks, attention, z_channels)
+        self.quantize = Codebook(n_embed, embed_dim)
+        self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Image (n, 3, h, w) in [-1, 1] to its latent before quantization, (n, embed_dim, h', w')."""
+        return self.quant_conv(self.encoder(image))
+
+    def decode(self, quantized: Tensor) -> Tensor:
+        """Quantized latent (n, embed_dim, h', w') to an image (n, 3, h, w), about in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(quantized))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (n, 3, h, w) in [-1, 1] to its reconstruction and the codebook loss."""
+        quantized, _, loss = self.quantize(self.encode(image))
+        return self.decode(quantized), loss
+
+
+# Data that training programs leave in checkpoints beside tensors; load_vqgan makes nothing of it.
+HARMLESS = ("argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "collections.defaultdict",
+            "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+
+
+def load_vqgan(path: str | Path) -> VQGAN:
+    """Open a published VQGAN checkpoint (Lightning's .ckpt, old or new format), or one of ours.
+
+    The configuration follows from the shapes of its tensors.  Tensors and plain containers are read, and
+    nothing that the file names is run: classes of packages that are not installed become empty stand-ins.
+    Raises BadInput for a file that is missing, names anything else, or holds no VQGAN.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file")
+    stand_ins = {}  # name: empty class
+    while True:
+        try:
+            with torch.serialization.safe_globals([(empty, name) for name, empty in stand_ins.items()]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            break
+        except Exception as problem:  # an unpickler fails in as many ways as files are damaged
+            named = re.search(r"GLOBAL ([\w.]+)", str(problem))
+            if not named:
+                raise BadInput(f"{path} is no checkpoint that torch.save wrote, or it is damaged") from None
+            package, dot, _ = named[1].partition(".")
+            installed = not dot or package in (*sys.stdlib_module_names, "__builtin__") or find_spec(package)
+            if named[1] in stand_ins or (installed and named[1] not in HARMLESS):
+                raise BadInput(f"{path} names {named[1]}, which no VQGAN needs; it was not run") from None
+            stand_ins[named[1]] = type("StandIn", (), {"__init__": lambda self, *_, **__: None,
+                                                       "__setstate__": lambda self, state: None})
+    try:
+        every = content.get("state_dict", content)
+        weights = {key: value.float() for key, value in every.items() if key.split(".")[0] in (
+            "encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")}
+        levels = len({key.split(".")[2] for key in weights if key.startswith("encoder.down.")})
+        ch, resolution = len(weights["encoder.conv_in.weight"]), 2 ** levels
+        n_embed, embed_dim = weights["quantize.embedding.weight"].shape
+        arguments = dict(
+            ch=ch, z_channels=len(weights["encoder.conv_out.weight"]), n_embed=n_embed, embed_dim=embed_dim,
+            ch_mult=tuple(len(weights[f"encoder.down.{i}.block.0.conv1.weight"]) // ch
+                          for i in range(levels)),
+            num_res_blocks=sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.bias", key))
+                               for key in weights),
+            attn_resolutions=tuple(resolution // 2 ** i for i in range(levels)
+                                   if f"encoder.down.{i}.attn.0.q.weight" in weights), resolution=resolution)
+        with torch.device("meta"):  # shapes without memory
+            vqgan = VQGAN(**arguments)
+        vqgan.load_state_dict(weights, assign=True)
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:150]
+        raise BadInput(f"{path} holds no VQGAN with a codebook ({reason})") from None
+    return vqgan.requires_grad_(True)
 
 
 # ==========================================================================================================

@@ -1,0 +1,158 @@
+"""Section 4: does the VQGAN compute what the published one computes, and open its files without running them?"""
+
+import argparse
+import os
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import derain
+from golden import DATA, fill, ramp
+
+TINY = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (16,), "resolution": 32,
+        "z_channels": 32, "n_embed": 64, "embed_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> derain.VQGAN:
+    return fill(derain.VQGAN(**TINY))
+
+
+def test_vqgan_agrees_with_the_published_one(tiny):
+    golden = np.load(DATA / "vqgan_tiny.npz")
+    assert sorted(f"{k} {tuple(v.shape)}" for k, v in tiny.state_dict().items()) == sorted(golden["state_dict"])
+    with torch.no_grad():
+        latent = tiny.encode(2 * ramp(2, 3, 32, 32) - 1)
+        quantized, indices, loss = tiny.quantize(latent)
+        found = {"latent": latent, "quantized": quantized, "reconstruction": tiny.decode(quantized)}
+    for name, value in found.items():
+        assert np.abs(value.numpy() - golden[name]).max() < 1e-4 * golden[name].std(), name
+    assert np.array_equal(indices.flatten(), golden["indices"])
+    assert loss.item() == pytest.approx(float(golden["codebook_loss"]), rel=1e-5)
+
+
+def test_structure_of_the_published_imagenet_configuration():
+    """Facts of the published file: attention at level 4 alone, 16 times smaller latents, a shortcut where widths change."""
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in derain.VQGAN().state_dict().items()}
+    assert shapes["quantize.embedding.weight"] == (1024, 256)
+    assert shapes["encoder.down.4.attn.1.q.weight"] == (512, 512, 1, 1) and "encoder.down.3.attn.0.q.weight" not in shapes
+    assert shapes["decoder.up.4.attn.2.q.weight"] == (512, 512, 1, 1)
+    assert shapes["encoder.down.2.block.0.nin_shortcut.weight"] == (256, 128, 1, 1)
+    assert shapes["decoder.conv_in.weight"] == (512, 256, 3, 3) and shapes["decoder.conv_out.weight"] == (3, 128, 3, 3)
+    assert "encoder.down.4.downsample.conv.weight" not in shapes and "decoder.up.0.upsample.conv.weight" not in shapes
+    assert sum(key.startswith("decoder.up.0.block") and key.endswith("conv1.weight") for key in shapes) == 3
+
+
+def test_images_of_another_size(tiny):
+    image = torch.rand(1, 3, 48, 20)
+    with torch.no_grad():
+        reconstruction, loss = tiny(image)
+        assert tiny.encode(image).shape == (1, 16, 24, 10) and reconstruction.shape == image.shape
+
+
+def test_quantization_is_the_nearest_neighbour():
+    torch.manual_seed(0)
+    codebook = derain.Codebook(20, 3)
+    torch.nn.init.normal_(codebook.embedding.weight)
+    latent = torch.randn(2, 3, 4, 5)
+    quantized, indices, loss = codebook(latent)
+    for n in range(2):
+        for y in range(4):
+            for x in range(5):
+                distances = [(latent[n, :, y, x] - code).norm() for code in codebook.embedding.weight]
+                assert indices[n, y, x] == int(torch.stack(distances).argmin())
+                torch.testing.assert_close(quantized[n, :, y, x], codebook.embedding.weight[indices[n, y, x]])
+    assert loss.item() == pytest.approx(1.25 * (quantized - latent).square().mean().item(), rel=1e-5)
+
+
+def test_gradients_of_quantization():
+    """What comes back from the decoder goes straight through; the two terms of the loss pull one side each."""
+    codebook = derain.Codebook(20, 3)
+    torch.nn.init.normal_(codebook.embedding.weight)
+    latent = torch.randn(2, 3, 4, 5, requires_grad=True)
+    quantized, indices, loss = codebook(latent)
+    incoming = torch.randn(quantized.shape)
+    quantized.backward(incoming, retain_graph=True)
+    assert torch.equal(latent.grad, incoming) and codebook.embedding.weight.grad is None
+    latent.grad = None
+    loss.backward()
+    difference = (quantized - latent).detach()
+    torch.testing.assert_close(latent.grad, -2 * difference / difference.numel())
+    pulled = torch.zeros(20, 3).index_add(0, indices.flatten(), difference.permute(0, 2, 3, 1).reshape(-1, 3))
+    torch.testing.assert_close(codebook.embedding.weight.grad, 0.25 * 2 * pulled / difference.numel())
+
+
+@pytest.fixture
+def foreign():
+    """Classes of a package that was installed where a checkpoint was written, and is not here."""
+    module = types.ModuleType("lightning_of_old")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "lightning_of_old"})
+    module.Config = type("Config", (), {"__module__": "lightning_of_old", "__init__": lambda self, *_: None,
+                                        "__reduce__": lambda self: (type(self), (1, 2), {"content": [3]})})
+    sys.modules["lightning_of_old"] = module
+    yield module
+    sys.modules.pop("lightning_of_old", None)
+
+
+@pytest.mark.parametrize("zipped", (True, False))
+def test_a_checkpoint_in_the_published_layout_loads(tiny, foreign, tmp_path, zipped):
+    state = {**tiny.state_dict(), "loss.perceptual_loss.net.slice1.0.weight": torch.zeros(4, 3),
+             "loss.discriminator.main.0.weight": torch.zeros(4, 3)}
+    content = {"epoch": 7, "callbacks": {foreign.ModelCheckpoint: {"best": torch.ones(()), "where": "x.ckpt"}},
+               "other": [foreign.ModelCheckpoint(), foreign.Config()], "optimizer_states": [{"lr": 1e-4}],
+               "hyper_parameters": argparse.Namespace(lr=1), "path": pathlib.PosixPath("a"), "score": np.float64(3),
+               "state_dict": state}
+    torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    sys.modules.pop("lightning_of_old")
+    loaded = derain.load_vqgan(tmp_path / "a.ckpt")
+    assert loaded.state_dict().keys() == tiny.state_dict().keys()
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(image)[0], tiny(image)[0])  # so attention stands where it stood
+
+
+class Malicious:
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", (True, False))
+@pytest.mark.parametrize("function, name", ((os.mkdir, "mkdir"), (eval, "eval"), (np.load, "load"), (exec, "exec")))
+def test_a_malicious_checkpoint_is_refused_by_name_and_not_run(tiny, tmp_path, function, name, zipped):
+    target = tmp_path / "made"
+    argument = target if name in ("mkdir", "load") else f"__import__('os').mkdir({str(target)!r})"
+    torch.save({"callbacks": Malicious(function, str(argument)), "state_dict": tiny.state_dict()},
+               tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(derain.BadInput, match=name) as refusal:
+        derain.load_vqgan(tmp_path / "a.ckpt")
+    assert "\n" not in str(refusal.value) and not target.exists()
+
+
+@pytest.mark.parametrize("content", ({"state_dict": {"conv.weight": torch.ones(3)}}, {"a": 1}, [1], torch.ones(2)))
+def test_a_file_that_is_no_vqgan_is_refused_in_one_line(content, tmp_path):
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(derain.BadInput, match="no VQGAN") as refusal:
+        derain.load_vqgan(tmp_path / "a.ckpt")
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_checkpoint_at_all(tmp_path, tiny):
+    for data in (b"", b"not a checkpoint", b"PK\x03\x04 cut off"):
+        (tmp_path / "a.ckpt").write_bytes(data)
+        with pytest.raises(derain.BadInput, match="no checkpoint"):
+            derain.load_vqgan(tmp_path / "a.ckpt")
+    with pytest.raises(derain.BadInput, match="no such file"):
+        derain.load_vqgan(tmp_path / "missing.ckpt")
+    weights = dict(tiny.state_dict())
+    del weights["decoder.conv_out.bias"]
+    torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
+    with pytest.raises(derain.BadInput, match="decoder.conv_out.bias"):
+        derain.load_vqgan(tmp_path / "a.ckpt")
