@@ -27,10 +27,10 @@ def test_verdict_needs_every_seed(effects, expected):
     assert derain.verdict(effects) == expected
 
 
-def by_hand(folder: Path, run: derain.Run, values: dict[str, list[float]], metric="E_R"):
+def by_hand(folder: Path, run: derain.Run, values: dict[str, list[float]]):
     """Write results as a grid would: for each kind of test a number a seed."""
     for seed in range(len(next(iter(values.values())))):
-        rows = [{"tested_on": tested, metric: numbers[seed], "E_R_ideal": 50} for tested, numbers in values.items()]
+        rows = [{"tested_on": tested, "E_R": numbers[seed], "E_R_ideal": 50} for tested, numbers in values.items()]
         dataclasses.replace(run, seed=seed).file(folder).write_text(json.dumps(rows))
 
 
