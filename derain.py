@@ -34,6 +34,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -1522,7 +1523,7 @@ CLAIMS = {
                                         for third in ("low", "middle", "high")]},
                    "sharpness", {"low": 1, "high": -1}, "E_R"),
     "range": Claim("E_R on unseen rain: trained on large rain > trained on small",
-                   {f"{n} backgrounds": [Run(n=n, trained_on=rain) for rain in ("small", "medium", "large")]
+                   {f"{n:,} backgrounds": [Run(n=n, trained_on=rain) for rain in ("small", "medium", "large")]
                     for n in (8, 1024)},
                    "trained_on", {"large": 1, "small": -1}, "E_R", ("unseen", "strokes")),
     "capacity": Claim("E_R on unseen rain: 8 backgrounds > 1,024, at a quarter and at four times the size",
@@ -1678,7 +1679,7 @@ def figure_claim(claim: Claim, seeds: int, folder: Path) -> Figure:
         line[0].set_ylabel(names[metric])
         if metric != "psnr":
             line[0].set_ylim(bottom=0)
-    figure.suptitle(claim.statement.replace("; ", ";\n"), fontsize=10)
+    figure.suptitle(textwrap.fill(claim.statement, int(12 * figure.get_figwidth())), fontsize=10)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
