@@ -31,6 +31,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -39,6 +40,7 @@ import threading
 import time
 import warnings
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,6 +49,8 @@ from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from zipfile import ZipFile, is_zipfile
 
 # Threads of OpenMP wait for one another in a busy loop, and where another program runs too, the main job then
 # takes three times as long.  Let them sleep soon.  (It has to be said before torch is imported.)
@@ -237,8 +241,8 @@ def stroke_rain(clean: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor
     """A second unseen rain, made another way, so that no claim hangs on one recipe; a Degradation.
 
     Drops are drawn as strokes that taper to a point, in three layers of depth: far ones many, small and
-    faint; near ones few, big and bright.  They are translucent white, so the light behind them counts:
-    O = 1 - (1 - B)(1 - R), "screen" blending, where R is the strokes' opacity.
+    faint; near ones few, big and bright.  They are translucent white, so what lies behind a layer shines
+    through: O = 1 - (1 - B)(1 - R), "screen" blending, where R is the layers' opacity.
     """
     n, _, height, width = clean.shape
     fine = 3  # drawn this much larger, then averaged: smooth edges
@@ -263,7 +267,8 @@ def stroke_rain(clean: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor
 
 
 # Noise is the other degradation that the paper looks at.  Each kind draws its level from a narrow interval,
-# chosen so that every kind is about equally strong: 25 grey levels, root mean square, on mid grey.
+# chosen so that every kind is about equally strong: 25 grey levels, root mean square, on mid grey.  (The
+# first three are alike: white, and spread over all pixels.  The last two are the foreign ones.)
 NOISE = {
     "gaussian": (0.09, 0.11),  # standard deviation, of each pixel and channel by itself
     "uniform": (0.16, 0.19),  # half the width of the interval of values
@@ -290,7 +295,7 @@ def noise_degradation(kind: str) -> Degradation:
         elif kind == "salt-and-pepper":
             chance = torch.from_numpy(rng.random((n, 1, height, width), dtype=np.float32))
             noise = torch.where(chance < level, (chance < level / 2).float() - clean, torch.zeros(()))
-        else:
+        else:  # correlated
             axis = torch.arange(-4, 5) / 1.5
             blur = torch.exp(-0.5 * (axis[:, None] ** 2 + axis ** 2))
             white = rng.standard_normal((n * channels, 1, height + 8, width + 8), dtype=np.float32)
@@ -607,10 +612,10 @@ class ResNet(nn.Module):
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Mirror images (n, c, h, w) on the right and at the bottom, until both sides divide by `multiple`."""
+    """Grow images (n, c, h, w) at the right and the bottom until both sides divide by `multiple`."""
     bottom, right = (-side % multiple for side in images.shape[-2:])
-    mirrored = bottom < images.shape[-2] and right < images.shape[-1]
-    return F.pad(images, (0, right, 0, bottom), "reflect" if mirrored else "replicate")
+    mirror = bottom < images.shape[-2] and right < images.shape[-1]  # or the image is too small for that
+    return F.pad(images, (0, right, 0, bottom), "reflect" if mirror else "replicate")
 
 
 class UNet(nn.Module):
@@ -739,8 +744,8 @@ class SwinIR(nn.Module):
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)})
         self.layers = nn.ModuleList()
         for depth, heads in zip(depths, num_heads, strict=True):
-            blocks = nn.ModuleList(SwinBlock(embed_dim, heads, window_size, i % 2 * (window_size // 2),
-                                             int(embed_dim * mlp_ratio)) for i in range(depth))
+            blocks = nn.Sequential(*(SwinBlock(embed_dim, heads, window_size, i % 2 * (window_size // 2),
+                                               int(embed_dim * mlp_ratio)) for i in range(depth)))
             group = nn.ModuleDict({"blocks": blocks})
             self.layers.append(nn.ModuleDict({"residual_group": group, "conv": conv(embed_dim, embed_dim)}))
         self.norm = nn.LayerNorm(embed_dim)
@@ -765,9 +770,7 @@ class SwinIR(nn.Module):
         shallow = self.conv_first(image)
         deep = self.patch_embed["norm"](shallow.permute(0, 2, 3, 1))  # (n, h, w, c) from here on
         for layer in self.layers:
-            features = deep
-            for block in layer["residual_group"]["blocks"]:
-                features = block(features)
+            features = layer["residual_group"]["blocks"](deep)
             deep = deep + layer["conv"](features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         deep = self.conv_after_body(self.norm(deep).permute(0, 3, 1, 2)) + shallow
         restored = image + self.conv_last(deep) + self.mean
@@ -806,13 +809,11 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = group_norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm2, self.conv2 = group_norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
-        if inputs != outputs:
-            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(y)))
 
 
 class PixelAttention(nn.Module):
@@ -836,19 +837,19 @@ class Level(nn.Module):
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool):
         super().__init__()
         self.block = nn.ModuleList(ResidualBlock(outputs if i else inputs, outputs) for i in range(blocks))
-        self.attn = nn.ModuleList(PixelAttention(outputs) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(PixelAttention(outputs) if attention else nn.Identity() for _ in self.block)
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            x = self.attn[i](x) if self.attn else x
+        for block, attend in zip(self.block, self.attn):
+            x = attend(block(x))
         return x
 
 
-def middle(channels: int) -> nn.ModuleDict:
+def middle(channels: int) -> nn.Sequential:
     """Block, attention, block: what both halves have at the lowest resolution."""
-    return nn.ModuleDict({"block_1": ResidualBlock(channels, channels), "attn_1": PixelAttention(channels),
-                          "block_2": ResidualBlock(channels, channels)})
+    return nn.Sequential(OrderedDict(block_1=ResidualBlock(channels, channels),
+                                     attn_1=PixelAttention(channels),
+                                     block_2=ResidualBlock(channels, channels)))
 
 
 class Encoder(nn.Module):
@@ -859,20 +860,17 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList(Level(inputs, outputs, blocks, attends) for inputs, outputs, attends in
                                   zip(widths, widths[1:], attention))
-        for level, width in zip(self.down[:-1], widths[1:]):
-            level.downsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
+        for level, width in zip(self.down, widths[1:]):
+            level.downsample = nn.Identity() if level is self.down[-1] else nn.Sequential(OrderedDict(
+                pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
         self.mid = middle(widths[-1])
         self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = level(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample["conv"](F.pad(x, (0, 1, 0, 1)))
-        for block in self.mid.values():
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = level.downsample(level(x))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -884,18 +882,15 @@ class Decoder(nn.Module):
         self.mid = middle(widths[-1])
         self.up = nn.ModuleList(Level(inputs, outputs, blocks + 1, attends) for inputs, outputs, attends in
                                 zip(widths[2:] + widths[-1:], widths[1:], attention))
-        for level, width in zip(self.up[1:], widths[2:]):
-            level.upsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+        for level, width in zip(self.up, widths[1:]):
+            level.upsample = nn.Identity() if level is self.up[0] else nn.Sequential(OrderedDict(
+                grow=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1)))
         self.norm_out, self.conv_out = group_norm(widths[1]), nn.Conv2d(widths[1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
-        for block in self.mid.values():
-            x = block(x)
+        x = self.mid(self.conv_in(z))
         for level in reversed(self.up):  # up[0] is the level of the image itself, and comes last
-            x = level(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample["conv"](F.interpolate(x, scale_factor=2))
+            x = level.upsample(level(x))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -958,36 +953,56 @@ class VQGAN(nn.Module):
         return self.decode(quantized), loss
 
 
-# Data that training programs leave in checkpoints beside tensors; load_vqgan makes nothing of it.
-HARMLESS = ("argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "collections.defaultdict",
-            "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+class StandIn(dict):
+    """Takes the place of an object that a checkpoint holds beside its tensors, and makes nothing of it."""
+
+    def __init__(self, *_, **__):
+        super().__init__()
+
+    __hash__ = object.__hash__
+    __setstate__ = append = extend = add = lambda self, *_: None
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Unpickles tensors and plain containers, and runs nothing that a file names.
+
+    A name of a package that is not installed, or of harmless data, becomes a StandIn; any other is refused.
+    """
+
+    TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
+               "torch._utils._rebuild_parameter", "collections.OrderedDict", "torch.Size", "torch.device")
+    HARMLESS = ("set", "frozenset", "list", "dict", "tuple", "int", "float", "bytearray", "Namespace", "deque",
+                "PosixPath", "WindowsPath", "defaultdict", "Counter", "datetime", "timedelta", "date", "dtype",
+                "scalar", "ndarray", "encode", "_reconstruct", "_reconstructor")
+
+    def find_class(self, module: str, name: str) -> type:
+        if f"{module}.{name}" in self.TENSORS or isinstance(vars(torch).get(name), torch.dtype):
+            return super().find_class(module, name)
+        package = module.split(".")[0]
+        installed = package in (*sys.stdlib_module_names, "__builtin__", "copy_reg") or (
+            package != "__main__" and find_spec(package))
+        if installed and name not in self.HARMLESS:
+            raise BadInput(f"it names {module}.{name}, which no VQGAN needs; it was not run")
+        return StandIn
 
 
 def load_vqgan(path: str | Path) -> VQGAN:
     """Open a published VQGAN checkpoint (Lightning's .ckpt, old or new format), or one of ours.
 
-    The configuration follows from the shapes of its tensors.  Tensors and plain containers are read, and
-    nothing that the file names is run: classes of packages that are not installed become empty stand-ins.
-    Raises BadInput for a file that is missing, names anything else, or holds no VQGAN.
+    The configuration follows from the shapes of its tensors.  Nothing that the file names is run.
+    Raises BadInput for a file that is missing, names what it should not, or holds no VQGAN.
     """
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
-    stand_ins = {}  # name: empty class
-    while True:
-        try:
-            with torch.serialization.safe_globals([(empty, name) for name, empty in stand_ins.items()]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            break
-        except Exception as problem:  # an unpickler fails in as many ways as files are damaged
-            named = re.search(r"GLOBAL ([\w.]+)", str(problem))
-            if not named:
-                raise BadInput(f"{path} is no checkpoint that torch.save wrote, or it is damaged") from None
-            package, dot, _ = named[1].partition(".")
-            installed = not dot or package in (*sys.stdlib_module_names, "__builtin__") or find_spec(package)
-            if named[1] in stand_ins or (installed and named[1] not in HARMLESS):
-                raise BadInput(f"{path} names {named[1]}, which no VQGAN needs; it was not run") from None
-            stand_ins[named[1]] = type("StandIn", (), {"__init__": lambda self, *_, **__: None,
-                                                       "__setstate__": lambda self, state: None})
+    reader = SimpleNamespace(__name__="reader", Unpickler=TensorUnpickler,
+                             load=lambda file, **options: TensorUnpickler(file, **options).load())
+    try:
+        if is_zipfile(path) and any(name.endswith("/constants.pkl") for name in ZipFile(path).namelist()):
+            raise BadInput("it is a TorchScript program")
+        content = torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)
+    except Exception as problem:  # an unpickler fails in as many ways as files are damaged
+        reason = str(problem) if isinstance(problem, BadInput) else "it is no file of torch.save, or damaged"
+        raise BadInput(f"{path} cannot be read as a checkpoint: {reason}") from None
     try:
         every = content.get("state_dict", content)
         weights = {key: value.float() for key, value in every.items() if key.split(".")[0] in (
@@ -999,8 +1014,7 @@ def load_vqgan(path: str | Path) -> VQGAN:
             ch=ch, z_channels=len(weights["encoder.conv_out.weight"]), n_embed=n_embed, embed_dim=embed_dim,
             ch_mult=tuple(len(weights[f"encoder.down.{i}.block.0.conv1.weight"]) // ch
                           for i in range(levels)),
-            num_res_blocks=sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.bias", key))
-                               for key in weights),
+            num_res_blocks=len({key.split(".")[4] for key in weights if "encoder.down.0.block." in key}),
             attn_resolutions=tuple(resolution // 2 ** i for i in range(levels)
                                    if f"encoder.down.{i}.attn.0.q.weight" in weights), resolution=resolution)
         with torch.device("meta"):  # shapes without memory
@@ -1159,8 +1173,9 @@ def dense_evaluation(output: Tensor, noisy: Tensor, clean: Tensor) -> dict[str, 
     noisy - clean, which is removal, and the rest, which is damage.  In grey levels, over the whole set:
       E_R        s RMS(v), s = <noisy - output, v> / <v, v>: how much noise was removed; E_R_ideal is RMS(v).
       E_B        RMS(output - clean - (1 - s) v): what is wrong in the output and is no noise left over.
-    The two parts are orthogonal: RMS(output - clean)^2 = (E_R_ideal - E_R)^2 + E_B^2.  So wrecking the image
-    raises E_B but not E_R, as long as the noise has nothing to do with the image.  psnr and ssim as ever.
+    The two parts are orthogonal: RMS(output - clean)^2 = (E_R_ideal - E_R)^2 + E_B^2.  Damage that has
+    nothing to do with the noise raises E_B alone.  But a blank output holds no noise either: as ever, E_R
+    means nothing without E_B.  psnr and ssim as in decoupled_evaluation.
     """
     noise, change = (noisy - clean).double(), (noisy - output).double()
     share = (change * noise).sum() / noise.square().sum()
@@ -1458,12 +1473,15 @@ def figure_backgrounds(seed: int = 0) -> tuple[Figure, list[dict]]:
 # claims can share runs, and a grid that was stopped can go on.  A `Claim` says which runs to compare.
 #
 # Chosen before any effect was looked at: five seeds, because a verdict needs them all to agree.  8 and 1,024
-# backgrounds, as in the main job; 2, to see the background break; 64, in between.  800 steps, because timed
-# runs said that the whole grid then takes an hour on two slow cores.
+# backgrounds, as in the main job; 2, to see the background break; 64, in between, also for each third by
+# sharpness.  800 steps, and fewer and smaller test patches than the main job's, because timed runs said that
+# the whole grid then takes an hour on two slow cores.  Quick: what ten minutes of one core allow.
+# (Results are kept under the name of their Run.  Whoever changes more than that should delete runs/.)
 
 NUMBERS = (2, 8, 64, 1024)  # of backgrounds
 SEEDS, STEPS = 5, 800
-QUICK_SEEDS, QUICK_STEPS = 2, 150
+QUICK_SEEDS, QUICK_STEPS = 2, 120
+GRID_PATCHES, GRID_PATCH = 32, 96  # number and side of the test patches
 
 
 @dataclass(frozen=True)
@@ -1540,8 +1558,9 @@ CLAIMS = {
                   "n", {8: 1, 1024: -1}, "E_R", ("unseen", "strokes")),
     # Nor this: does the gap close or open as training goes on?
     "longer": Claim("(ours) E_R on unseen rain: 8 backgrounds > 1,024, at fewer steps and at more",
-                    {f"{steps:,} steps": [Run(n=n, steps=steps) for n in (8, 1024)]
-                     for steps in (STEPS // 4, STEPS, 3 * STEPS)}, "n", {8: 1, 1024: -1}, "E_R"),
+                    {label: [Run(n=n, steps=steps) for n in (8, 1024)] for label, steps in (
+                        ("a quarter of the steps", STEPS // 4), ("the grid's steps", STEPS),
+                        ("three times the steps", 3 * STEPS))}, "n", {8: 1, 1024: -1}, "E_R"),
 }
 
 
@@ -1555,7 +1574,7 @@ def adapt(claim: Claim, images: str | None, steps: int, quick: bool, device: str
         runs = [replace(run, images=images or run.images, steps=math.ceil(run.steps * steps / STEPS),
                         device=device) for run in runs if not quick or getattr(run, claim.x) in claim.effect]
         if runs not in panels.values():
-            panels[label.split(",")[0] if images else label] = runs
+            panels[label.split(", ")[0] if images else label] = runs
     return replace(claim, panels=panels)
 
 
@@ -1575,7 +1594,7 @@ def measure(run: Run, training: list[Tensor], held_out: list[Tensor],
     patches = training_patches(run, training)
     network = build_network(run.net, run.seed, **dict(run.arguments)).to(run.device)
     train(network, patches, degradation(run.trained_on), run.steps, run.seed, after_step=after_step)
-    clean, rows = sample_patches(held_out, 32, 96, stream(run.seed, "test patches")), []
+    clean, rows = sample_patches(held_out, GRID_PATCHES, GRID_PATCH, stream(run.seed, "test patches")), []
     for tested in NOISE if run.trained_on in NOISE else ("unseen", "strokes", run.trained_on):
         degraded, residual = degradation(tested)(clean, stream(run.seed, "test", tested))
         output = predict(network, degraded)
@@ -1592,8 +1611,10 @@ def read_result(path: Path) -> list[dict]:
     """The rows of a finished run, as `measure` gave them."""
     try:
         rows = json.loads(path.read_text())
-        return [row for row in rows if row["tested_on"] and row["E_R"] is not None]
-    except (ValueError, TypeError, KeyError):
+        if not rows or any(not {"tested_on", "E_R", "E_B", "E_R_ideal", "psnr"} <= set(row) for row in rows):
+            raise ValueError
+        return rows
+    except (ValueError, TypeError):
         raise BadInput(f"{path} is damaged; delete it, and the run will be done again") from None
 
 
@@ -1622,21 +1643,24 @@ def verdict_rows(name: str, claim: Claim, seeds: int, folder: Path) -> list[dict
     """The verdict on a claim: for each kind of test a row for all panels together, and one for each panel.
 
     effect and spread are mean and standard deviation over the seeds (of the panels' mean, in the row for
-    all); a seed agrees with the row for all if each of its panels does.
+    all); a seed agrees with the row for all if each of its panels does.  E_B and psnr are what the same
+    comparison gives in those metrics: the price.
     """
     rows = []
     for tested in claim.tested_on:
-        effects = {}  # of each panel: (1, seeds)
-        for label, runs in claim.panels.items():
-            coefficients = [claim.effect.get(getattr(run, claim.x), 0) for run in runs]
-            effects[label] = results(runs, tested, claim.metric, seeds, folder)[None] @ coefficients
-        if len(effects) > 1:
-            effects = {"all": np.concatenate(list(effects.values())), **effects}
-        for label, effect in effects.items():
+        panels = {"all": list(claim.panels.values())} if len(claim.panels) > 1 else {}
+        panels |= {label: [runs] for label, runs in claim.panels.items()}
+        for label, parts in panels.items():
+            def effect(metric: str) -> np.ndarray:  # (parts, seeds)
+                return np.array([results(runs, tested, metric, seeds, folder)
+                                 @ [claim.effect.get(getattr(run, claim.x), 0) for run in runs]
+                                 for runs in parts])
+            found = effect(claim.metric)
             rows.append({"claim": name, "tested_on": tested, "panel": label, "metric": claim.metric,
-                         "effect": effect.mean(), "spread": effect.mean(0).std(ddof=min(1, seeds - 1)),
-                         "agree": int((effect > 0).all(0).sum()), "seeds": seeds,
-                         "verdict": verdict(effect.flat) if seeds >= SEEDS else "too few seeds"})
+                         "effect": found.mean(), "spread": found.mean(0).std(ddof=min(1, seeds - 1)),
+                         "E_B": effect("E_B").mean(), "psnr": effect("psnr").mean(),
+                         "agree": int((found > 0).all(0).sum()), "seeds": seeds,
+                         "verdict": verdict(found.flat) if seeds >= SEEDS else "too few seeds"})
     return rows
 
 
@@ -1764,7 +1788,9 @@ def pick_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return str(torch.zeros(1, device=name).device)
+        one = torch.zeros(1, device=name)
+        one.item()  # (the device "meta" holds no numbers)
+        return str(one.device)
     except Exception:
         raise BadInput(f"there is no device {name} here; try --device cpu") from None
 
@@ -1866,24 +1892,25 @@ def command_reproduce(args: argparse.Namespace) -> None:
     for name in names:
         if name not in CLAIMS:
             raise BadInput(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}")
+    args.out = args.out or Path("runs/quick" if args.quick else "figures")
     check_output(args.out / "verdicts.csv", (".csv",))
     check_output(args.runs / "a run.json", (".json",))
     seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
     steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
+    taste = f" (a taste: {seeds} seeds, {steps} steps)" if seeds < SEEDS or steps < STEPS else ""
 
-    @lru_cache(maxsize=2)
-    def load(images: str, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        return training_and_held_out(args.backgrounds, images, seed)
-
+    load = lru_cache(maxsize=1)(lambda images, seed: training_and_held_out(args.backgrounds, images, seed))
     images = None
     if args.backgrounds:  # other photographs are another experiment
         digests = [hashlib.sha256(image.numpy()).hexdigest() for part in load("", 0) for image in part]
-        images = f"photographs-{hashlib.sha256(''.join(sorted(digests)).encode()).hexdigest()[:8]}"
+        images = f"photographs-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
     device = pick_device(args.device)
     claims = {name: adapt(CLAIMS[name], images, steps, args.quick, device) for name in names}
-    wanted = {replace(run, seed=seed): None for seed in range(seeds) for claim in claims.values()
-              for runs in claim.panels.values() for run in runs}  # each once, seed by seed
-    missing = [run for run in wanted if not run.file(args.runs).exists()]
+    claims = {name: replace(claim, statement=claim.statement + taste) for name, claim in claims.items()}
+    wanted = {replace(run, seed=seed) for claim in claims.values() for runs in claim.panels.values()
+              for run in runs for seed in range(seeds)}
+    missing = sorted((run for run in wanted if not run.file(args.runs).exists()),
+                     key=lambda run: (run.seed, run.images, run.file(args.runs)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # numbers that do not depend on the number of cores; torchrun uses more cores
     try:
@@ -1894,9 +1921,8 @@ def command_reproduce(args: argparse.Namespace) -> None:
                   "process, which uses one core; divide by the number of ranks under torchrun")
         elif do_runs(missing, load, args.runs):
             report(claims, seeds, args.runs, args.out)
-            if seeds < SEEDS or steps < STEPS:
-                print(f"A taste only, of {seeds} seeds and {steps} steps. The claims are tested with {SEEDS} "
-                      f"and {STEPS}.")
+            if taste:
+                print(f"\nOnly{taste}: the claims are tested with {SEEDS} seeds and {STEPS} steps.")
     finally:
         torch.set_num_threads(threads)
 
@@ -1906,7 +1932,8 @@ def do_runs(missing: list[Run], load: Callable, folder: Path) -> bool:
 
     Returns whether this process should report: it is the only one, or rank 0, and all runs are in.
     """
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it also sets RANK and WORLD_SIZE
+    rank, ranks = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if torchrun else (0, 1)
     if ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         agreed = [missing]
@@ -1924,29 +1951,34 @@ def do_runs(missing: list[Run], load: Callable, folder: Path) -> bool:
             with writing(run.file(folder)) as temporary:
                 temporary.write_text(json.dumps(rows, indent=1) + "\n")
             done += 1
+        if ranks > 1:
+            torch.distributed.barrier()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{done} of {len(mine)} runs were done; the same command goes on") from None
     if ranks > 1:
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return rank == 0
 
 
 def seconds(runs: list[Run], load: Callable) -> float:
-    """How long the runs will take in one process: two short runs of each network are timed."""
-    networks = {(run.net, run.arguments): run for run in runs}
-    progress, total = Progress("timing short runs", len(networks)), 0.0
-    for network, run in networks.items():
-        taken = []
-        for steps in (1, 2, 12):  # the first is always slow
-            begun = time.monotonic()
-            measure(replace(run, steps=steps), *load(run.images, run.seed))
-            taken.append(time.monotonic() - begun)
-        step = max(0, taken[2] - taken[1]) / 10
-        total += sum(taken[1] + step * other.steps for other in runs
-                     if (other.net, other.arguments) == network)
-        progress.step()
-    return total
+    """How long the runs will take in one process, by timing: images once, each network for 2 and 12 steps."""
+    def timed(work: Callable, *arguments) -> float:
+        begun = time.monotonic()
+        work(*arguments)
+        return time.monotonic() - begun
+
+    total, costs = 0.0, {}
+    for run in runs:
+        if (run.net, run.arguments) not in costs:
+            images = load(run.images, run.seed)
+            # The first is always slow.
+            _, few, many = (timed(measure, replace(run, steps=n), *images) for n in (1, 2, 12))
+            costs[run.net, run.arguments] = few, max(0, many - few) / 10
+        base, step = costs[run.net, run.arguments]
+        total += base + step * run.steps
+    load.cache_clear()
+    images = {(run.images, run.seed): run.images for run in runs}.values()
+    return total + sum(list(images).count(kind) * timed(load, kind, 0) for kind in set(images))
 
 
 def report(claims: dict[str, Claim], seeds: int, folder: Path, out: Path) -> None:
@@ -1956,14 +1988,16 @@ def report(claims: dict[str, Claim], seeds: int, folder: Path, out: Path) -> Non
         verdicts += verdict_rows(name, claim, seeds, folder)
         draw = figure_noise if name == "noise" else figure_claim
         save_figure(draw(claim, seeds, folder), claim_rows(claim, seeds, folder), out / f"{name}.png")
-    save_table(verdicts, out / "verdicts.csv")
-    print(f"wrote {out / 'verdicts.csv'}")
+    table = out / ("verdicts.csv" if len(claims) == len(CLAIMS) else f"verdicts-{'-'.join(claims)}.csv")
+    save_table(verdicts, table)
+    print(f"wrote {table}")
     for name, claim in claims.items():
         print(f"\n{name}: {claim.statement}")
-        print(f"    {'tested on':13}{'panel':28}{'effect':>14}   seeds   verdict")
+        print(f"    {'tested on':13}{'panel':28}{'effect':>14}{'E_B':>8}{'PSNR':>8}   seeds   verdict")
         for row in verdicts:
             if row["claim"] == name:
-                print("    {tested_on:13}{panel:28}{effect:+8.2f} ± {spread:.2f}{agree:>6} of {seeds}  "
+                print("    {tested_on:13}{panel:28}{effect:+8.2f} ± {spread:.2f}{E_B:+8.2f}{psnr:+8.2f}"
+                      "{agree:>4} of {seeds}  "
                       "{verdict}".format(**row))
 
 
@@ -2047,8 +2081,10 @@ def make_parser() -> argparse.ArgumentParser:
                              help=f"number of {name} (default: {usual}; quick: {quick})")
     command.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER",
                          help="where the result of each run is kept, to go on from (default: runs)")
-    add_options(command, "--backgrounds", "--out")
+    command.add_argument("--out", type=Path, metavar="FOLDER",
+                         help="where figures and tables go (default: figures; quick: runs/quick)")
     command.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
+    add_options(command, "--backgrounds")
     command = add_command(command_restore, "remove the rain from a photograph",
                           "restore model.pt photo.jpg -o clean.png", "the restored photograph")
     command.add_argument("model", type=Path, help="a checkpoint that `train` wrote")

@@ -30,7 +30,7 @@ def test_verdict_needs_every_seed(effects, expected):
 def by_hand(folder: Path, run: derain.Run, values: dict[str, list[float]]):
     """Write results as a grid would: for each kind of test a number a seed."""
     for seed in range(len(next(iter(values.values())))):
-        rows = [{"tested_on": tested, "E_R": numbers[seed], "E_R_ideal": 50} for tested, numbers in values.items()]
+        rows = [{"tested_on": tested, "E_R": numbers[seed], "E_R_ideal": 50, "E_B": 3 * numbers[seed], "psnr": 1} for tested, numbers in values.items()]
         dataclasses.replace(run, seed=seed).file(folder).write_text(json.dumps(rows))
 
 
@@ -46,6 +46,7 @@ def test_verdict_table_of_hand_made_results(tmp_path):
     assert (rows["one"]["agree"], rows["one"]["verdict"]) == (5, "reproduced")
     assert rows["two"]["effect"] == 0 and rows["two"]["spread"] == pytest.approx(np.std([-1, 1, -1, 2, -1], ddof=1))
     assert (rows["two"]["agree"], rows["two"]["verdict"]) == (2, "undecided")
+    assert rows["one"]["E_B"] == 12 and rows["one"]["psnr"] == 0  # the price beside it
     assert rows["all"]["effect"] == 2 and (rows["all"]["agree"], rows["all"]["verdict"]) == (2, "undecided")
     backwards = dataclasses.replace(claim, panels={"one": [few, many]}, effect={8: -1, 1024: 1})
     assert derain.verdict_rows("name", backwards, 5, tmp_path)[0]["verdict"] == "refuted"
@@ -96,7 +97,8 @@ def test_few_backgrounds_are_among_the_many():
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name[0] != "."}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def undisturbed(run, photos, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert "4 runs are missing" in done.stdout and "taste" in done.stdout
     files = content(folder)
-    assert {"out/sharp.png", "out/sharp.csv", "out/verdicts.csv"} < set(files) and len(files) == 7
+    assert {"out/sharp.png", "out/sharp.csv", "out/verdicts-sharp.csv"} < set(files) and len(files) == 7
     return files
 
 
@@ -115,19 +117,19 @@ def test_a_killed_grid_goes_on_to_the_same_bytes(undisturbed, run, photos, tmp_p
     command = [sys.executable, ROOT / "derain.py", *GRID, "--backgrounds", photos, "--runs", tmp_path / "runs",
                "--out", tmp_path / "out"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(tmp_path.glob("runs/*.json"))) < 2 and process.poll() is None:
+    while len(list(tmp_path.glob("runs/resnet*.json"))) < 2 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = content(tmp_path / "runs")
     assert 2 <= len(kept) < 4 and not (tmp_path / "out").exists()
     done = run(*command[2:])
-    assert f"{4 - sum(name[0] != chr(46) for name in kept)} runs are missing" in done.stdout
+    assert f"{4 - len(kept)} runs are missing" in done.stdout
     assert content(tmp_path) == undisturbed
 
 
 def test_two_ranks_give_the_bytes_of_one(undisturbed, photos, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run([*torchrun, ROOT / "derain.py", *GRID, "--backgrounds", photos, "--runs", tmp_path / "runs",
                            "--out", tmp_path / "out"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -150,21 +152,37 @@ def test_nothing_is_done_twice_and_a_dry_run_does_nothing(undisturbed, call, pho
     assert not removed.exists() and not (tmp_path / "out").exists()
 
 
-def test_other_photographs_are_other_runs(undisturbed, call, photos, tmp_path):
-    for photo in list(photos.iterdir())[:5]:
-        shutil.copy(photo, tmp_path)
+@pytest.mark.parametrize("change", ("one less", "other names"))
+def test_other_photographs_are_other_runs(undisturbed, call, photos, tmp_path, change):
+    """Other names put the same photographs in another order, and so split them otherwise."""
+    for i, photo in enumerate(sorted(photos.iterdir())[:5 if change == "one less" else 6]):
+        shutil.copy(photo, tmp_path / (photo.name if change == "one less" else f"{i * 5 % 6}.png"))
     planned = call(*GRID, "--backgrounds", tmp_path, "--runs", tmp_path / "runs", "--dry-run").stdout
     names = {Path(name).stem for name in undisturbed if name.startswith("runs")}
+    assert len(names) == 4
     assert planned.count("photographs-") == 4 and not names & set(planned.split())
 
 
-def test_bad_input_gets_one_line(call, tmp_path):
+def test_claims_on_photographs_keep_their_panels_apart():
+    for name, claim in derain.CLAIMS.items():
+        adapted = derain.adapt(claim, "photographs-1", 1600, False, "cpu")
+        assert {run.images for runs in adapted.panels.values() for run in runs} == {"photographs-1"}
+        if claim.panels is derain.EVERYTHING:
+            assert list(adapted.panels) == list(derain.NETWORKS)
+        else:
+            assert len(adapted.panels) == len(claim.panels) and not any(label.isdecimal() for label in adapted.panels)
+    steps = [runs[0].steps for runs in adapted.panels.values()]  # of `longer`, the last claim
+    assert steps == [400, 1600, 4800]
+
+
+@pytest.mark.parametrize("content", ("{", "[]", '[{"tested_on": "unseen"}]', "3"))
+def test_bad_input_gets_one_line(call, tmp_path, content):
     wrong = call("reproduce", "fewer")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "few, benchmark" in wrong.stderr
     damaged = derain.Run(n=64, images="natural", sharpness="low", steps=1).file(tmp_path / "runs")
     damaged.parent.mkdir()
     for run in derain.CLAIMS["sharp"].panels["resnet, natural"]:
-        dataclasses.replace(run, steps=1).file(tmp_path / "runs").write_text("{")
+        dataclasses.replace(run, steps=1).file(tmp_path / "runs").write_text(content)
     bad = call("reproduce", "sharp", "--seeds", 1, "--steps", 1, "--runs", tmp_path / "runs", "--out", tmp_path)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and damaged.name in bad.stderr
 
