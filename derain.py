@@ -1558,9 +1558,12 @@ CLAIMS = {
                   "n", {8: 1, 1024: -1}, "E_R", ("unseen", "strokes")),
     # Nor this: does the gap close or open as training goes on?
     "longer": Claim("(ours) E_R on unseen rain: 8 backgrounds > 1,024, at fewer steps and at more",
-                    {label: [Run(n=n, steps=steps) for n in (8, 1024)] for label, steps in (
-                        ("a quarter of the steps", STEPS // 4), ("the grid's steps", STEPS),
-                        ("three times the steps", 3 * STEPS))}, "n", {8: 1, 1024: -1}, "E_R"),
+                    {f"{net}, {label}": [Run(n=n, net=net, steps=steps) for n in (8, 1024)]
+                     for net, label, steps in (("resnet", "1/4 of the steps", STEPS // 4),
+                                               ("resnet", "the steps", STEPS),
+                                               ("resnet", "3 times the steps", 3 * STEPS),
+                                               ("swinir", "3 times the steps", 3 * STEPS))},
+                    "n", {8: 1, 1024: -1}, "E_R"),
 }
 
 
@@ -1571,10 +1574,10 @@ def adapt(claim: Claim, images: str | None, steps: int, quick: bool, device: str
     """
     panels = {}
     for label, runs in claim.panels.items():
-        runs = [replace(run, images=images or run.images, steps=math.ceil(run.steps * steps / STEPS),
-                        device=device) for run in runs if not quick or getattr(run, claim.x) in claim.effect]
-        if runs not in panels.values():
-            panels[label.split(", ")[0] if images else label] = runs
+        adapted = [replace(run, images=images or run.images, steps=math.ceil(run.steps * steps / STEPS),
+                           device=device) for run in runs if not quick or getattr(run, claim.x) in claim.effect]
+        if adapted not in panels.values():
+            panels[label.removesuffix(f", {runs[0].images}") if images else label] = adapted
     return replace(claim, panels=panels)
 
 

@@ -172,7 +172,7 @@ def test_claims_on_photographs_keep_their_panels_apart():
         else:
             assert len(adapted.panels) == len(claim.panels) and not any(label.isdecimal() for label in adapted.panels)
     steps = [runs[0].steps for runs in adapted.panels.values()]  # of `longer`, the last claim
-    assert steps == [400, 1600, 4800]
+    assert steps == [400, 1600, 4800, 4800]
 
 
 @pytest.mark.parametrize("content", ("{", "[]", '[{"tested_on": "unseen"}]', "3"))
