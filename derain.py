@@ -26,6 +26,7 @@ Images are float32 tensors (n, 3, h, w) in [0, 1], a single image is (3, h, w), 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import hashlib
 import json
@@ -780,12 +781,17 @@ class SwinIR(nn.Module):
 NETWORKS: dict[str, type[nn.Module]] = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR}
 
 
-def build_network(name: str, seed: int = 0, **arguments) -> nn.Module:
-    """A network of NETWORKS, its weights drawn from `seed`; torch's own random state stays as it was."""
+def seeded(make: Callable[..., nn.Module], seed: int, **arguments) -> nn.Module:
+    """make(**arguments), its weights drawn from `seed`; torch's own random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Channels-last keeps the channels of a pixel together in memory, which CPU convolutions prefer.
-        return NETWORKS[name](**arguments).to(memory_format=torch.channels_last)
+        return make(**arguments).to(memory_format=torch.channels_last)
+
+
+def build_network(name: str, seed: int = 0, **arguments) -> nn.Module:
+    """A network of NETWORKS with weights drawn from `seed`."""
+    return seeded(NETWORKS[name], seed, **arguments)
 
 
 # ==========================================================================================================
@@ -986,6 +992,19 @@ class TensorUnpickler(pickle.Unpickler):
         return StandIn
 
 
+def vqgan_arguments(weights: dict[str, Tensor]) -> dict:
+    """The configuration of a VQGAN, from the names and shapes of its weights; resolution is a nominal one."""
+    levels = len({key.split(".")[2] for key in weights if key.startswith("encoder.down.")})
+    ch, resolution = len(weights["encoder.conv_in.weight"]), 2 ** levels
+    n_embed, embed_dim = weights["quantize.embedding.weight"].shape
+    return dict(
+        ch=ch, z_channels=len(weights["encoder.conv_out.weight"]), n_embed=n_embed, embed_dim=embed_dim,
+        ch_mult=tuple(len(weights[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)),
+        num_res_blocks=len({key.split(".")[4] for key in weights if key.startswith("encoder.down.0.block.")}),
+        attn_resolutions=tuple(resolution // 2 ** i for i in range(levels)
+                               if f"encoder.down.{i}.attn.0.q.weight" in weights), resolution=resolution)
+
+
 def load_vqgan(path: str | Path) -> VQGAN:
     """Open a published VQGAN checkpoint (Lightning's .ckpt, old or new format), or one of ours.
 
@@ -1007,23 +1026,115 @@ def load_vqgan(path: str | Path) -> VQGAN:
         every = content.get("state_dict", content)
         weights = {key: value.float() for key, value in every.items() if key.split(".")[0] in (
             "encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")}
-        levels = len({key.split(".")[2] for key in weights if key.startswith("encoder.down.")})
-        ch, resolution = len(weights["encoder.conv_in.weight"]), 2 ** levels
-        n_embed, embed_dim = weights["quantize.embedding.weight"].shape
-        arguments = dict(
-            ch=ch, z_channels=len(weights["encoder.conv_out.weight"]), n_embed=n_embed, embed_dim=embed_dim,
-            ch_mult=tuple(len(weights[f"encoder.down.{i}.block.0.conv1.weight"]) // ch
-                          for i in range(levels)),
-            num_res_blocks=len({key.split(".")[4] for key in weights if "encoder.down.0.block." in key}),
-            attn_resolutions=tuple(resolution // 2 ** i for i in range(levels)
-                                   if f"encoder.down.{i}.attn.0.q.weight" in weights), resolution=resolution)
         with torch.device("meta"):  # shapes without memory
-            vqgan = VQGAN(**arguments)
+            vqgan = VQGAN(**vqgan_arguments(weights))
         vqgan.load_state_dict(weights, assign=True)
     except Exception as problem:
         reason = f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:150]
         raise BadInput(f"{path} holds no VQGAN with a codebook ({reason})") from None
     return vqgan.requires_grad_(True)
+
+
+# Our own prior: 4 times smaller latents and 256 codes, few enough that they cannot spell out rain as well.
+PRIOR = dict(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=64, z_channels=64,
+             n_embed=256, embed_dim=16)
+
+
+class Critic(nn.Sequential):
+    """A patch discriminator: for each place of an image a number, high where it looks like a real one."""
+
+    def __init__(self, channels: int = 32):
+        super().__init__(nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2),
+                         nn.Conv2d(channels, 2 * channels, 4, 2, 1), group_norm(2 * channels),
+                         nn.LeakyReLU(0.2), nn.Conv2d(2 * channels, 1, 4, 1, 1))
+
+
+def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0,
+             after_step: Callable[[int, float, float], None] | None = None) -> None:
+    """Train a VQGAN in place to reconstruct clean patches, cut from images (3, h, w) in [0, 1].
+
+    Three losses, as in Esser et al. (2021), Section 3.1: L1; the codebook's; and, in the second half, the
+    opinion of a critic that is trained alongside (hinge loss).  The critic's weight is adaptive: at the last
+    layer its gradient is a tenth as long as that of L1.  A code that was not chosen for 30 steps is dead, and
+    starts anew at a vector that the encoder has just made.
+    after_step(steps done, PSNR of this step in dB, share of the codes alive) is called between steps.
+    """
+    rate, device = 1e-3, next(vqgan.parameters()).device
+    critic = seeded(Critic, seed).to(device)
+    ours, theirs = (torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.9), fused=True)
+                    for network in (vqgan, critic))
+    last, codes = vqgan.decoder.conv_out.weight, vqgan.quantize.embedding.weight
+    idle = torch.zeros(len(codes), device=device)  # steps since each code was chosen
+    torch.empty(30 * 2 ** 18)  # as in train
+    for step in range(steps):
+        rng = stream(seed, "pretraining", step)
+        patches = sample_patches(images, BATCH, PATCH, rng)
+        clean = 2 * patches.to(device, memory_format=torch.channels_last) - 1
+        for optimizer in (ours, theirs):
+            warm_up = min(1, (step + 1) / 50)
+            optimizer.param_groups[0]["lr"] = rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
+        latent = vqgan.encode(clean)
+        quantized, indices, codebook_loss = vqgan.quantize(latent)
+        output = vqgan.decode(quantized)
+        l1_loss = F.l1_loss(output, clean)
+        loss = l1_loss + codebook_loss
+        judged = step >= steps // 2
+        if judged:
+            critic_loss = -critic(output).mean()
+            strength = [torch.autograd.grad(part, last, retain_graph=True)[0].norm()
+                        for part in (l1_loss, critic_loss)]
+            loss = loss + 0.1 * strength[0] / (strength[1] + 1e-4) * critic_loss
+        ours.zero_grad()
+        loss.backward()
+        ours.step()
+        if judged:
+            hinge = F.relu(1 - critic(clean)).mean() + F.relu(1 + critic(output.detach())).mean()
+            theirs.zero_grad()
+            hinge.backward()
+            theirs.step()
+        with torch.no_grad():
+            idle += 1
+            idle[indices.flatten()] = 0
+            if step < 0.8 * steps:  # the last ones would have no time to learn
+                vectors = latent.permute(0, 2, 3, 1).flatten(0, 2)
+                dead = (idle > 30).nonzero()[:len(vectors), 0]
+                chosen = torch.from_numpy(rng.permutation(len(vectors))[:len(dead)]).to(device)
+                codes[dead], idle[dead] = vectors[chosen], 0
+        if after_step:
+            mse = F.mse_loss(output.detach(), clean).item() / 4  # [-1, 1] is twice as wide as [0, 1]
+            after_step(step + 1, -10 * math.log10(mse), (idle < 30).float().mean().item())
+
+
+class VQGANPrior(nn.Module):
+    """A pre-trained VQGAN as a restoration network: what it shows is assembled from codes of clean images.
+
+    Codebook and decoder are frozen.  The encoder learns to find the codes of the clean image in the degraded
+    one.  vqgan: a VQGAN (it is copied), or the arguments of one.  Images are in [0, 1] here.
+    """
+
+    def __init__(self, vqgan: VQGAN | dict | None = None):
+        super().__init__()
+        self.vqgan = copy.deepcopy(vqgan) if isinstance(vqgan, VQGAN) else VQGAN(**(vqgan or PRIOR))
+        self.teacher = copy.deepcopy(nn.Sequential(self.vqgan.encoder, self.vqgan.quant_conv))
+        self.requires_grad_(False)
+        for part in (self.vqgan.encoder, self.vqgan.quant_conv):
+            part.requires_grad_(True)
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        padded = pad_to_multiple(degraded, 2 ** (len(self.vqgan.encoder.down) - 1))
+        restored, _ = self.vqgan(2 * padded - 1)
+        return (restored[..., :degraded.shape[2], :degraded.shape[3]] + 1) / 2
+
+    def loss(self, degraded: Tensor, clean: Tensor) -> Tensor:
+        """What training lowers: L1, and the squared distance of the latent from the clean image's codes."""
+        latent = self.vqgan.encode(2 * degraded - 1)
+        with torch.no_grad():
+            target, _, _ = self.vqgan.quantize(self.teacher(2 * clean - 1))
+        restored = (self.vqgan.decode(self.vqgan.quantize(latent)[0]) + 1) / 2
+        return F.l1_loss(restored, clean) + F.mse_loss(latent, target)
+
+
+NETWORKS["prior"] = VQGANPrior
 
 
 # ==========================================================================================================
@@ -1063,7 +1174,8 @@ def train(network: nn.Module, backgrounds: Tensor, degrade: Degradation, steps: 
         degraded, _ = degrade(clean, rng)
         clean, degraded = (t.to(device, memory_format=torch.channels_last) for t in (clean, degraded))
         optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = F.l1_loss(network(degraded), clean)
+        own = getattr(network, "loss", None)  # the prior has a loss of its own
+        loss = own(degraded, clean) if own else F.l1_loss(network(degraded), clean)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1075,7 +1187,7 @@ def train(network: nn.Module, backgrounds: Tensor, degrade: Degradation, steps: 
 
 def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `train` uses; made beforehand by whoever wants to keep its state."""
-    return torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
+    return torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=RATE, fused=True)
 
 
 def save_checkpoint(path: str | Path, network: nn.Module, config: dict, step: int,
@@ -1317,8 +1429,8 @@ def train_in_parallel(networks: list[nn.Module], backgrounds: list[Tensor], degr
 
 
 def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int, many: int, steps: int,
-                     seed: int, rain: str = "small", device: str = "cpu",
-                     net: str = "resnet") -> tuple[list[dict], dict]:
+                     seed: int, rain: str = "small", device: str = "cpu", net: str = "resnet",
+                     **arguments) -> tuple[list[dict], dict]:
     """Train a network on few and on many backgrounds in one rain; test both on unseen rain and on that rain.
 
     The few are among the many; both networks start from the same weights.  Returns the table, a row for
@@ -1327,7 +1439,7 @@ def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int, m
     channel).
     """
     patches = sample_patches(training, many, PATCH, stream(seed, "patches"))
-    networks = [build_network(net, seed).to(device) for _ in range(2)]
+    networks = [build_network(net, seed, **arguments).to(device) for _ in range(2)]
     train_in_parallel(networks, [patches[:few], patches], rain_degradation(RAIN[rain]), steps, seed)
     clean = sample_patches(held_out, TEST_PATCHES, TEST_PATCH, stream(seed, "test patches"))
     rows, pictures = [], {}
@@ -1527,7 +1639,7 @@ def over_numbers(**fixed) -> list[Run]:
     return [Run(n=n, **fixed) for n in NUMBERS]
 
 
-THREE_NETWORKS = {f"{net}, faces": over_numbers(net=net) for net in NETWORKS}
+THREE_NETWORKS = {f"{net}, faces": over_numbers(net=net) for net in ("resnet", "unet", "swinir")}
 EVERYTHING = {**THREE_NETWORKS, **{f"resnet, {kind}": over_numbers(images=kind) for kind in BACKGROUNDS[1:]}}
 CLAIMS = {
     "few": Claim("E_R on unseen rain: 8 backgrounds > 1,024", EVERYTHING, "n", {8: 1, 1024: -1}, "E_R",
@@ -1575,7 +1687,8 @@ def adapt(claim: Claim, images: str | None, steps: int, quick: bool, device: str
     panels = {}
     for label, runs in claim.panels.items():
         adapted = [replace(run, images=images or run.images, steps=math.ceil(run.steps * steps / STEPS),
-                           device=device) for run in runs if not quick or getattr(run, claim.x) in claim.effect]
+                           device=device)
+                   for run in runs if not quick or getattr(run, claim.x) in claim.effect]
         if adapted not in panels.values():
             panels[label.removesuffix(f", {runs[0].images}") if images else label] = adapted
     return replace(claim, panels=panels)
@@ -1802,12 +1915,13 @@ def command_headline(args: argparse.Namespace) -> None:
     if args.few >= args.many:
         raise BadInput(f"--few {args.few} should be less than --many {args.many}")
     device, target = pick_device(args.device), check_output(args.out / "headline.png", (".png",))
+    arguments = network_arguments(args)
     training, held_out = training_and_held_out(args.backgrounds, args.category, args.seed)
     what = "photographs" if args.backgrounds else f"embedded images ({args.category})"
     print(f"{what}: {len(training)} to cut training patches from, {len(held_out)} held out; "
           f"{args.net}, {args.steps} steps in {args.rain} rain, seed {args.seed}, {device}")
     rows, pictures = few_against_many(training, held_out, args.few, args.many, args.steps, args.seed,
-                                      args.rain, device, args.net)
+                                      args.rain, device, args.net, **arguments)
     rows = [{"images": "photographs" if args.backgrounds else args.category, **row} for row in rows]
     print(f"\n{describe(rows)}\n")
     save_figure(figure_headline(rows, pictures), rows, target)
@@ -1832,16 +1946,44 @@ def command_rain(args: argparse.Namespace) -> None:
     save_image(add_rain(image[None], rain)[0], target, args.photo)
 
 
+def command_vqgan(args: argparse.Namespace) -> None:
+    device, target = pick_device(args.device), check_output(args.output, (".pt", ".ckpt"))
+    training, held_out = training_and_held_out(args.backgrounds, args.category, args.seed)
+    vqgan = seeded(VQGAN, args.seed, **PRIOR).to(device)
+    progress = Progress("pre-training", args.steps)
+    pretrain(vqgan, training, args.steps, args.seed, lambda step, quality, alive: progress.step(
+        f", {quality:.1f} dB, {alive:.0%} of the codes in use"))
+    clean = sample_patches(held_out, TEST_PATCHES, TEST_PATCH, stream(args.seed, "test patches"))
+    with torch.no_grad():
+        quantized, indices, _ = vqgan.quantize(vqgan.encode(2 * clean.to(device) - 1))
+        output = ((vqgan.decode(quantized) + 1) / 2).clamp(0, 1).cpu()
+    print(f"held-out images: reconstructed at {psnr(output, clean):.1f} dB, with {len(indices.unique())} of "
+          f"{PRIOR['n_embed']} codes")
+    with writing(target) as temporary, open(temporary, "wb") as file:
+        weights = {name: tensor.cpu().contiguous() for name, tensor in vqgan.state_dict().items()}
+        torch.save({"state_dict": weights}, file)
+    print(f"wrote {target}")
+
+
+def network_arguments(args: argparse.Namespace) -> dict:
+    """What the network asked for needs to be built: the prior a VQGAN, the others nothing."""
+    if (args.net == "prior") != bool(args.vqgan):
+        raise BadInput("--net prior and --vqgan FILE go together; `python derain.py vqgan` makes the file")
+    return {"vqgan": load_vqgan(args.vqgan)} if args.vqgan else {}
+
+
 def command_train(args: argparse.Namespace) -> None:
     device, target = pick_device(args.device), check_output(args.output, (".pt",))
+    arguments = network_arguments(args)
     if args.backgrounds:
         images = load_images(args.backgrounds, smallest=PATCH, pixels=PHOTO_PIXELS)
     else:
         images, _ = training_and_held_out(None, args.category, args.seed)
     patches = sample_patches(images, args.n, PATCH, stream(args.seed, "patches"))
-    config = {"net": args.net, "arguments": {}, "n": args.n, "rain": args.rain, "steps": args.steps,
+    plain = {name: vqgan_arguments(vqgan.state_dict()) for name, vqgan in arguments.items()}
+    config = {"net": args.net, "arguments": plain, "n": args.n, "rain": args.rain, "steps": args.steps,
               "seed": args.seed, "backgrounds": hashlib.sha256(patches.numpy().tobytes()).hexdigest()}
-    network, start = build_network(args.net, args.seed).to(device), 0
+    network, start = build_network(args.net, args.seed, **arguments).to(device), 0
     optimizer = make_optimizer(network)
     if args.resume:
         saved, content = load_checkpoint(target)
@@ -2026,6 +2168,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--backgrounds": dict(nargs="+", metavar="PATH", help="photographs (files, folders) to use instead"),
         "--category": dict(choices=(*BACKGROUNDS, "all"), default="faces", help="embedded images to use"),
         "--net": dict(choices=NETWORKS, default="resnet", help="which network"),
+        "--vqgan": dict(metavar="FILE", help="pre-trained VQGAN, for --net prior: ours or a published one"),
         "--rain": dict(choices=("small", "medium", "large"), default="small", help="rain to train on"),
         "--steps": dict(type=whole(1), default=2500, metavar="N", help="training steps"),
         "--seed": dict(type=whole(0), default=0, metavar="N", help="of all that is drawn at random"),
@@ -2071,7 +2214,13 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--n", type=whole(1), default=64, metavar="N",
                          help="number of distinct background patches (default: 64)")
     command.add_argument("--resume", action="store_true", help="go on with the interrupted training in FILE")
-    add_options(command, "--net", "--backgrounds", "--category", "--rain", "--steps", "--seed", "--device")
+    add_options(command, "--net", "--vqgan", "--backgrounds", "--category", "--rain", "--steps", "--seed",
+                "--device")
+    command = add_command(command_vqgan, "pre-train the content prior, a VQGAN, on clean images",
+                          "vqgan --backgrounds photos/ -o vqgan.pt", "the VQGAN, a .pt file")
+    command.add_argument("--steps", type=whole(1), default=4000, metavar="N",
+                         help="training steps (default: 4000)")
+    add_options(command, "--backgrounds", "--category", "--seed", "--device")
     command = add_command(command_reproduce, "test the paper's claims: trainings, figures, tables, verdicts "
                           "(with two cores: torchrun --nproc_per_node=2 derain.py reproduce)",
                           "reproduce few range --backgrounds photos/ --out figures/photographs")

@@ -160,3 +160,65 @@ def test_no_checkpoint_at_all(tmp_path, tiny):
     torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
     with pytest.raises(derain.BadInput, match="decoder.conv_out.bias"):
         derain.load_vqgan(tmp_path / "a.ckpt")
+
+
+def faces(n: int) -> list[torch.Tensor]:
+    return [derain.draw_background("faces", 64, np.random.default_rng(i)) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> derain.VQGAN:
+    vqgan = derain.seeded(derain.VQGAN, 0, **derain.PRIOR)
+    derain.pretrain(vqgan, faces(4), 24)
+    return vqgan
+
+
+def test_pretraining_is_deterministic_and_learns(pretrained):
+    reports = []
+    again = derain.seeded(derain.VQGAN, 0, **derain.PRIOR)
+    derain.pretrain(again, faces(4), 24, after_step=lambda *report: reports.append(report))
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), pretrained.state_dict().values()))
+    assert [step for step, _, _ in reports] == list(range(1, 25))
+    assert reports[-1][1] > reports[0][1] + 1 and all(0 < alive <= 1 for _, _, alive in reports)
+
+
+def test_dead_codes_come_back_to_life():
+    vqgan = derain.seeded(derain.VQGAN, 0, **{**derain.PRIOR, "n_embed": 64})
+    with torch.no_grad():
+        vqgan.quantize.embedding.weight[1:] = 100  # nothing is near, so all choose code 0
+    reports = []
+    derain.pretrain(vqgan, faces(2), 42, after_step=lambda *report: reports.append(report))
+    assert reports[32][2] > 0.9 and vqgan.quantize.embedding.weight.abs().max() < 50
+
+
+def test_fine_tuning_moves_the_encoder_alone(pretrained):
+    network = derain.build_network("prior", vqgan=pretrained)
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    clean = derain.sample_patches(faces(2), 8, derain.PATCH, np.random.default_rng(0))
+    derain.train(network, clean, derain.degradation("small"), 3)
+    moved = {name for name, t in network.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved and all(name.startswith(("vqgan.encoder.", "vqgan.quant_conv.")) for name in moved)
+    for name, t in pretrained.state_dict().items():  # the VQGAN that was given is left alone
+        assert torch.equal(t, before[f"vqgan.{name}"])
+
+
+def test_what_the_prior_shows_is_made_of_codes(pretrained):
+    network = derain.build_network("prior", vqgan=pretrained)
+    image = torch.rand(1, 3, 30, 21)
+    padded = derain.pad_to_multiple(image, 4)
+    assert padded.shape == (1, 3, 32, 24)
+    indices = network.vqgan.quantize(network.vqgan.encode(2 * padded - 1))[1]
+    with torch.no_grad():
+        drawn = network.vqgan.decode(network.vqgan.quantize.embedding(indices).permute(0, 3, 1, 2))
+        torch.testing.assert_close(network(image), (drawn[..., :30, :21] + 1) / 2, atol=1e-5, rtol=1e-4)
+
+
+def test_the_prior_from_the_command_line(call, photos, tmp_path):
+    made = call("vqgan", "--backgrounds", photos, "--steps", 2, "-o", tmp_path / "vqgan.pt")
+    assert made.returncode == 0 and "dB" in made.stdout and derain.load_vqgan(tmp_path / "vqgan.pt")
+    train = ("train", "--backgrounds", photos, "--steps", 2, "--n", 4, "-o", tmp_path / "prior.pt", "--net", "prior")
+    refused = call(*train)
+    assert refused.returncode == 2 and "--vqgan" in refused.stderr and refused.stderr.count("\n") == 1
+    assert call(*train, "--vqgan", tmp_path / "vqgan.pt").returncode == 0
+    photo = next(photos.iterdir())
+    assert call("restore", tmp_path / "prior.pt", photo, "-o", tmp_path / "clean.png").returncode == 0
