@@ -41,13 +41,13 @@ def test_verdict_table_of_hand_made_results(tmp_path):
     by_hand(tmp_path, other, {"unseen": [0, 3, 2, 6, 4]})  # less many: -1, 1, -1, 2, -1
     claim = derain.Claim("a statement", {"one": [few, many], "two": [other, many]}, "n", {8: 1, 1024: -1}, "E_R")
     rows = {row["panel"]: row for row in derain.verdict_rows("name", claim, 5, tmp_path)}
-    assert list(rows) == ["all", "one", "two"]
+    assert list(rows) == ["every panel", "one", "two"]
     assert rows["one"]["effect"] == 4 and rows["one"]["spread"] == 0
     assert (rows["one"]["agree"], rows["one"]["verdict"]) == (5, "reproduced")
     assert rows["two"]["effect"] == 0 and rows["two"]["spread"] == pytest.approx(np.std([-1, 1, -1, 2, -1], ddof=1))
     assert (rows["two"]["agree"], rows["two"]["verdict"]) == (2, "undecided")
     assert rows["one"]["E_B"] == 12 and rows["one"]["psnr"] == 0  # the price beside it
-    assert rows["all"]["effect"] == 2 and (rows["all"]["agree"], rows["all"]["verdict"]) == (2, "undecided")
+    assert rows["every panel"]["effect"] == 2 and (rows["every panel"]["agree"], rows["every panel"]["verdict"]) == (2, "undecided")
     backwards = dataclasses.replace(claim, panels={"one": [few, many]}, effect={8: -1, 1024: 1})
     assert derain.verdict_rows("name", backwards, 5, tmp_path)[0]["verdict"] == "refuted"
     assert derain.verdict_rows("name", claim, 2, tmp_path)[0]["verdict"] not in ("reproduced", "refuted")
@@ -172,7 +172,7 @@ def test_claims_on_photographs_keep_their_panels_apart():
         else:
             assert len(adapted.panels) == len(claim.panels) and not any(label.isdecimal() for label in adapted.panels)
     steps = [runs[0].steps for runs in adapted.panels.values()]  # of `longer`, the last claim
-    assert steps == [400, 1600, 4800, 4800]
+    assert steps == [400, 1600, 4800, 1600, 4800]
 
 
 @pytest.mark.parametrize("content", ("{", "[]", '[{"tested_on": "unseen"}]', "3"))
