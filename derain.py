@@ -585,8 +585,8 @@ def sharpness(patches: Tensor) -> Tensor:
 #
 # Each network maps degraded images (n, 3, h, w) of any size to restored ones.  The paper finds the same
 # failure in all of them, and concludes that it is not the architecture's doing.  Ours differ where it might
-# matter.  Each pixel that the ResNet draws depends on 21x21 pixels, less than a streak of unseen rain is long;
-# in SwinIR on 26x26, in the U-Net on 44x44.  SwinIR draws a correction to its input, the others the image.
+# matter.  A pixel that the ResNet draws depends on 21x21 pixels (streaks of unseen rain are longer), SwinIR's
+# on 26x26, the U-Net's on 44x44.  SwinIR draws a correction to its input, the others the image.
 # ==========================================================================================================
 
 
@@ -979,9 +979,9 @@ class TensorUnpickler(pickle.Unpickler):
 
     TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
                "torch._utils._rebuild_parameter", "collections.OrderedDict", "torch.Size", "torch.device")
-    HARMLESS = ("set", "frozenset", "list", "dict", "tuple", "int", "float", "bytearray", "Namespace", "deque",
-                "PosixPath", "WindowsPath", "defaultdict", "Counter", "datetime", "timedelta", "date", "dtype",
-                "scalar", "ndarray", "encode", "_reconstruct", "_reconstructor")
+    HARMLESS = {"set", "frozenset", "list", "dict", "tuple", "int", "float", "bytearray", "Namespace",
+                "deque", "PosixPath", "WindowsPath", "defaultdict", "Counter", "datetime", "timedelta",
+                "date", "dtype", "scalar", "ndarray", "encode", "_reconstruct", "_reconstructor"}
 
     def find_class(self, module: str, name: str) -> type:
         if f"{module}.{name}" in self.TENSORS or isinstance(vars(torch).get(name), torch.dtype):
