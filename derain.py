@@ -1679,8 +1679,8 @@ CLAIMS = {
                   {label: [Run(n=n, arguments=arguments) for n in (8, 1024)] for label, arguments in (
                       ("resnet", ()), ("resnet, global skip", (("skip", 1),)))},
                   "n", {8: 1, 1024: -1}, "E_R", ("unseen", "strokes")),
-    # Nor this: does the gap close or open as training goes on?  (Added after the first results of `few`, to find
-    # out whether its 800 steps are too few.)
+    # Nor this: does the gap close or open as training goes on?  (Added after the first results of `few`, to
+    # find out whether its 800 steps are too few.)
     "longer": Claim("(ours) E_R on unseen rain: 8 backgrounds > 1,024, at fewer steps and at more",
                     {f"{net}, {label}": [Run(n=n, net=net, steps=steps) for n in (8, 1024)]
                      for net, label, steps in (("resnet", "1/4 of the steps", STEPS // 4),
