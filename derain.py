@@ -29,6 +29,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -1011,7 +1012,7 @@ def load_vqgan(path: str | Path) -> VQGAN:
     """Open a published VQGAN checkpoint (Lightning's .ckpt, old or new format), or one of ours.
 
     The configuration follows from the shapes of its tensors.  Nothing that the file names is run.
-    Raises BadInput for a file that is missing, names what it should not, or holds no VQGAN.
+    Raises BadInput for a file that is missing, unfinished, names what it should not, or holds no VQGAN.
     """
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
@@ -1025,8 +1026,9 @@ def load_vqgan(path: str | Path) -> VQGAN:
         reason = str(problem) if isinstance(problem, BadInput) else "it is no file of torch.save, or damaged"
         raise BadInput(f"{path} cannot be read as a checkpoint: {reason}") from None
     try:
-        every = content.get("state_dict", content)
-        weights = {key: value.float() for key, value in every.items() if key.split(".")[0] in (
+        every = content.get("state_dict") or content.get("weights") or content
+        named = {key.removeprefix("vqgan."): value for key, value in every.items()}  # in a Pretraining
+        weights = {key: value.float() for key, value in named.items() if key.split(".")[0] in (
             "encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")}
         with torch.device("meta"):  # shapes without memory
             vqgan = VQGAN(**vqgan_arguments(weights))
@@ -1034,12 +1036,17 @@ def load_vqgan(path: str | Path) -> VQGAN:
     except Exception as problem:
         reason = f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:150]
         raise BadInput(f"{path} holds no VQGAN with a codebook ({reason})") from None
+    if "optimizer" in content:
+        raise BadInput(f"{path} is unfinished; the `vqgan` command that began it goes on")
     return vqgan.requires_grad_(True)
 
 
 # Our own prior: 4 times smaller latents and 256 codes, few enough that they cannot spell out rain as well.
 PRIOR = dict(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=64, z_channels=64,
              n_embed=256, embed_dim=16)
+# Number and side of the patches of a step, in turns.  A group's mean and variance are taken over the whole
+# patch: a VQGAN that has seen patches of one size only draws images of other sizes badly.
+PRETRAINING_PATCHES = ((8, 40), (2, 80))
 
 
 class Critic(nn.Sequential):
@@ -1051,7 +1058,21 @@ class Critic(nn.Sequential):
                          nn.LeakyReLU(0.2), nn.Conv2d(2 * channels, 1, 4, 1, 1))
 
 
-def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0,
+class Pretraining(nn.Module):
+    """A VQGAN of these arguments, and what only its training needs: a critic, and each code's idle steps."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.vqgan, self.critic = VQGAN(**arguments), Critic()
+        self.register_buffer("idle", torch.zeros(len(self.vqgan.quantize.embedding.weight)))
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """One for both players."""
+        return torch.optim.Adam(self.parameters(), lr=1e-3, betas=(0.5, 0.9), fused=True)
+
+
+def pretrain(training: Pretraining, images: list[Tensor], steps: int, seed: int = 0, *,
+             start: int = 0, optimizer: torch.optim.Optimizer | None = None,
              after_step: Callable[[int, float, float], None] | None = None) -> None:
     """Train a VQGAN in place to reconstruct clean patches, cut from images (3, h, w) in [0, 1].
 
@@ -1059,48 +1080,42 @@ def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0,
     opinion of a critic that is trained alongside (hinge loss).  The critic's weight is adaptive: at the last
     layer its gradient is a tenth as long as that of L1.  A code that was not chosen for 30 steps is dead, and
     starts anew at a vector that the encoder has just made.
+    start, optimizer: as in `train`, to go on with a pre-training that stopped.
     after_step(steps done, PSNR of this step in dB, share of the codes alive) is called between steps.
     """
-    rate, device = 1e-3, next(vqgan.parameters()).device
-    critic = seeded(Critic, seed).to(device)
-    ours, theirs = (torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.9), fused=True)
-                    for network in (vqgan, critic))
+    vqgan, critic, idle = training.vqgan, training.critic, training.idle
+    optimizer = optimizer or training.optimizer()
     last, codes = vqgan.decoder.conv_out.weight, vqgan.quantize.embedding.weight
-    idle = torch.zeros(len(codes), device=device)  # steps since each code was chosen
     torch.empty(30 * 2 ** 18)  # as in train
-    for step in range(steps):
+    for step in range(start, steps):
         rng = stream(seed, "pretraining", step)
-        patches = sample_patches(images, BATCH, PATCH, rng)
-        clean = 2 * patches.to(device, memory_format=torch.channels_last) - 1
-        for optimizer in (ours, theirs):
-            warm_up = min(1, (step + 1) / 50)
-            optimizer.param_groups[0]["lr"] = rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
+        n, side = PRETRAINING_PATCHES[step % len(PRETRAINING_PATCHES)]
+        clean = 2 * sample_patches(images, n, side, rng) - 1
+        clean = clean.to(last.device, memory_format=torch.channels_last)
+        warm_up, cosine = min(1, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = 1e-3 * warm_up * cosine
+        optimizer.zero_grad()
         latent = vqgan.encode(clean)
         quantized, indices, codebook_loss = vqgan.quantize(latent)
         output = vqgan.decode(quantized)
         l1_loss = F.l1_loss(output, clean)
         loss = l1_loss + codebook_loss
-        judged = step >= steps // 2
-        if judged:
+        if step >= steps // 2:
             critic_loss = -critic(output).mean()
             strength = [torch.autograd.grad(part, last, retain_graph=True)[0].norm()
                         for part in (l1_loss, critic_loss)]
             loss = loss + 0.1 * strength[0] / (strength[1] + 1e-4) * critic_loss
-        ours.zero_grad()
-        loss.backward()
-        ours.step()
-        if judged:
             hinge = F.relu(1 - critic(clean)).mean() + F.relu(1 + critic(output.detach())).mean()
-            theirs.zero_grad()
             hinge.backward()
-            theirs.step()
+        loss.backward(inputs=list(vqgan.parameters()))  # the critic must not learn to please
+        optimizer.step()
         with torch.no_grad():
             idle += 1
             idle[indices.flatten()] = 0
             if step < 0.8 * steps:  # the last ones would have no time to learn
                 vectors = latent.permute(0, 2, 3, 1).flatten(0, 2)
                 dead = (idle > 30).nonzero()[:len(vectors), 0]
-                chosen = torch.from_numpy(rng.permutation(len(vectors))[:len(dead)]).to(device)
+                chosen = torch.from_numpy(rng.permutation(len(vectors))[:len(dead)]).to(last.device)
                 codes[dead], idle[dead] = vectors[chosen], 0
         if after_step:
             mse = F.mse_loss(output.detach(), clean).item() / 4  # [-1, 1] is twice as wide as [0, 1]
@@ -1114,6 +1129,8 @@ class VQGANPrior(nn.Module):
     one.  vqgan: a VQGAN (it is copied), or the arguments of one.  Images are in [0, 1] here.
     """
 
+    rate = 5e-4  # a learning rate that does not wipe out what the encoder knows already
+
     def __init__(self, vqgan: VQGAN | dict | None = None):
         super().__init__()
         self.vqgan = copy.deepcopy(vqgan) if isinstance(vqgan, VQGAN) else VQGAN(**(vqgan or PRIOR))
@@ -1122,21 +1139,41 @@ class VQGANPrior(nn.Module):
         for part in (self.vqgan.encoder, self.vqgan.quant_conv):
             part.requires_grad_(True)
 
+    def prepare(self, image: Tensor) -> Tensor:
+        """An image in [0, 1] as the VQGAN takes it: in [-1, 1], and of a size that can be halved."""
+        return 2 * pad_to_multiple(image, 2 ** (len(self.vqgan.encoder.down) - 1)) - 1
+
     def forward(self, degraded: Tensor) -> Tensor:
-        padded = pad_to_multiple(degraded, 2 ** (len(self.vqgan.encoder.down) - 1))
-        restored, _ = self.vqgan(2 * padded - 1)
+        restored, _ = self.vqgan(self.prepare(degraded))
         return (restored[..., :degraded.shape[2], :degraded.shape[3]] + 1) / 2
 
     def loss(self, degraded: Tensor, clean: Tensor) -> Tensor:
-        """What training lowers: L1, and the squared distance of the latent from the clean image's codes."""
-        latent = self.vqgan.encode(2 * degraded - 1)
+        """What training lowers: the squared distance of the latent from the clean image's codes.
+
+        The paper adds L1 of the drawn image.  It buys nothing here (tests/prior_losses.py measures it): with
+        it the result is the same and training takes half as long again, as the decoder must run; alone, with
+        no gradient but the one that quantization lets through, it loses the way.
+        """
         with torch.no_grad():
-            target, _, _ = self.vqgan.quantize(self.teacher(2 * clean - 1))
-        restored = (self.vqgan.decode(self.vqgan.quantize(latent)[0]) + 1) / 2
-        return F.l1_loss(restored, clean) + F.mse_loss(latent, target)
+            target, _, _ = self.vqgan.quantize(self.teacher(self.prepare(clean)))
+        return F.mse_loss(self.vqgan.encode(self.prepare(degraded)), target)
 
 
-NETWORKS["prior"] = VQGANPrior
+class Autoencoder(nn.Module):
+    """The prior's encoder and decoder without codebook and pre-training: what the architecture does alone."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        vqgan = VQGAN(**{**PRIOR, **arguments})
+        self.layers = nn.Sequential(vqgan.encoder, vqgan.quant_conv, vqgan.post_quant_conv, vqgan.decoder)
+        self.factor = 2 ** (len(vqgan.encoder.down) - 1)
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        restored = self.layers(2 * pad_to_multiple(degraded, self.factor) - 1)
+        return (restored[..., :degraded.shape[2], :degraded.shape[3]] + 1) / 2
+
+
+NETWORKS |= {"autoencoder": Autoencoder, "prior": VQGANPrior}
 
 
 # ==========================================================================================================
@@ -1155,7 +1192,7 @@ RATE = 2e-3  # Adam's learning rate at the start; it falls to 0 along half a cos
 def train(network: nn.Module, backgrounds: Tensor, degrade: Degradation, steps: int, seed: int = 0, *,
           start: int = 0, optimizer: torch.optim.Optimizer | None = None,
           after_step: Callable[[int, float], None] | None = None) -> list[float]:
-    """Train a network in place to undo `degrade`; returns the L1 loss of every step.
+    """Train a network in place to undo `degrade`; returns the loss (L1, but for the prior) of every step.
 
     backgrounds: clean patches (n, 3, h, w) in [0, 1].  degrade: see Degradation.
     Step i depends only on the weights, the optimizer's state, `seed` and i: a training that goes on at step
@@ -1175,8 +1212,9 @@ def train(network: nn.Module, backgrounds: Tensor, degrade: Degradation, steps: 
         clean = torch.where(mirrored, clean.flip(-1), clean)
         degraded, _ = degrade(clean, rng)
         clean, degraded = (t.to(device, memory_format=torch.channels_last) for t in (clean, degraded))
-        optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-        own = getattr(network, "loss", None)  # the prior has a loss of its own
+        # The prior, which is no beginner, has a loss and a rate of its own.
+        rate, own = getattr(network, "rate", RATE), getattr(network, "loss", None)
+        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         loss = own(degraded, clean) if own else F.l1_loss(network(degraded), clean)
         optimizer.zero_grad()
         loss.backward()
@@ -1207,11 +1245,11 @@ def save_checkpoint(path: str | Path, network: nn.Module, config: dict, step: in
         torch.save(content, file)
 
 
-def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
+def load_checkpoint(path: str | Path, networks: dict = NETWORKS) -> tuple[nn.Module, dict]:
     """Read what save_checkpoint wrote: the network, on the CPU, and the content ("config", "step", ...).
 
-    Reads tensors and plain containers only, and runs nothing that the file names.  Raises BadInput for a file
-    that is missing or is no checkpoint of ours.
+    networks: those that are allowed.  Reads tensors and plain containers only, and runs nothing that the file
+    names.  Raises BadInput for a file that is missing or is no checkpoint of ours.
     """
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file; `python derain.py train -o {path}` would make it")
@@ -1221,12 +1259,12 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         # A stranger's configuration may ask for any amount of memory.  On the "meta" device a network has
         # shapes but no memory; build it only if the file holds weights of these very shapes.
         with torch.device("meta"):
-            expected = NETWORKS[config["net"]](**config["arguments"]).state_dict()
+            expected = networks[config["net"]](**config["arguments"]).state_dict()
         if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in weights.items()}:
             raise ValueError("its weights do not fit its configuration")
         if not 0 <= content["step"] <= config["steps"]:
             raise ValueError("its number of steps is impossible")
-        network = build_network(config["net"], **config["arguments"])
+        network = seeded(networks[config["net"]], 0, **config["arguments"])
         network.load_state_dict(weights)
     except Exception as problem:  # an unpickler fails in as many ways as files are damaged
         named = re.search(r"GLOBAL (\S+)", str(problem))  # what an unpickler that ran code would have called
@@ -1480,7 +1518,7 @@ def show(axes, picture: Tensor, title: str = "", **options):
     """Draw an image (3, h, w) or a map (h, w) without ticks; returns matplotlib's handle."""
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=10)
-    picture = picture.permute(1, 2, 0) if picture.ndim == 3 else picture
+    picture = np.asarray(picture.permute(1, 2, 0) if picture.ndim == 3 else picture)
     return axes.imshow(picture, interpolation="nearest", **{"cmap": "gray", "vmin": 0, "vmax": 1, **options})
 
 
@@ -1600,6 +1638,7 @@ def figure_backgrounds(seed: int = 0) -> tuple[Figure, list[dict]]:
 # (Results are kept under the name of their Run.  Whoever changes more than that should delete runs/.)
 
 NUMBERS = (2, 8, 64, 1024)  # of backgrounds
+PRETRAINING = 5  # steps of pre-training a VQGAN for each step of training a network
 SEEDS, STEPS = 5, 800
 QUICK_SEEDS, QUICK_STEPS = 2, 120
 GRID_PATCHES, GRID_PATCH = 32, 96  # number and side of the test patches
@@ -1642,6 +1681,7 @@ class Claim:
     effect: dict[int | str, int]
     metric: str
     tested_on: tuple[str, ...] = ("unseen",)
+    also: tuple[str, ...] = ()  # more metrics, each with a verdict of its own
 
 
 def over_numbers(**fixed) -> list[Run]:
@@ -1674,6 +1714,11 @@ CLAIMS = {
     "noise": Claim("noise removed, on four kinds not trained on: 8 backgrounds > 1,024",
                    {f"trained on {kind}": [Run(n=n, trained_on=kind) for n in (8, 1024)] for kind in NOISE},
                    "n", {8: 1, 1024: -1}, "removed", ("other noise",)),
+    "prior": Claim("E_R, and PSNR, on unseen rain: a pre-trained VQGAN > a network trained from nothing",
+                   {f"{n:,} backgrounds, {net}": [Run(n=n, net=net), Run(n=n, net="prior")]
+                    for n in (8, 1024) for net in ("resnet", "unet", "swinir", "autoencoder")},
+                   "net", {"prior": 1, "resnet": -1, "unet": -1, "swinir": -1, "autoencoder": -1}, "E_R",
+                   ("unseen", "strokes"), ("psnr",)),
     # Not in the paper, but in our toy: a network that draws the correction learns the degradation.
     "skip": Claim("(ours) E_R on unseen rain: 8 backgrounds > 1,024, even if the network adds to its input",
                   {label: [Run(n=n, arguments=arguments) for n in (8, 1024)] for label, arguments in (
@@ -1717,14 +1762,29 @@ def training_patches(run: Run, images: list[Tensor]) -> Tensor:
     return patches[first:first + run.n]
 
 
-def measure(run: Run, training: list[Tensor], held_out: list[Tensor],
-            after_step: Callable[[int, float], None] | None = None) -> list[dict]:
-    """Train and test as `run` says: a row {"tested_on", "E_R", ...} for each kind of degradation tested."""
-    patches = training_patches(run, training)
-    network = build_network(run.net, run.seed, **dict(run.arguments)).to(run.device)
-    train(network, patches, degradation(run.trained_on), run.steps, run.seed, after_step=after_step)
+def prior_file(run: Run, folder: Path) -> Path:
+    """Where the VQGAN of a run of the prior is kept; one serves all seeds.
+
+    Not so with photographs, which each seed splits anew: no VQGAN may know a photograph held out.
+    """
+    seed = 0 if run.images in BACKGROUNDS else run.seed
+    return folder / f"vqgan_{run.images}_steps{PRETRAINING * run.steps}_seed{seed}_{run.device}.pt"
+
+
+def measure(run: Run, training: list[Tensor], held_out: list[Tensor], vqgan: VQGAN | None = None,
+            after_step: Callable[[int, float], None] | None = None) -> tuple[list[dict], Tensor]:
+    """Train and test as `run` says.
+
+    Returns a row {"tested_on", "E_R", ...} for each kind of degradation tested; and for the first of them
+    three images side by side, (3, h, 3 h): degraded, output, clean.
+    """
+    arguments = {"vqgan": vqgan} if run.net == "prior" else dict(run.arguments)
+    network = build_network(run.net, run.seed, **arguments).to(run.device)
+    train(network, training_patches(run, training), degradation(run.trained_on), run.steps, run.seed,
+          after_step=after_step)
     clean, rows = sample_patches(held_out, GRID_PATCHES, GRID_PATCH, stream(run.seed, "test patches")), []
-    for tested in NOISE if run.trained_on in NOISE else ("unseen", "strokes", run.trained_on):
+    kinds = tuple(NOISE) if run.trained_on in NOISE else ("unseen", "strokes", run.trained_on)
+    for tested in kinds:
         degraded, residual = degradation(tested)(clean, stream(run.seed, "test", tested))
         output = predict(network, degraded)
         if tested in NOISE and tested != "salt-and-pepper":
@@ -1732,7 +1792,18 @@ def measure(run: Run, training: list[Tensor], held_out: list[Tensor],
         else:
             measured = decoupled_evaluation(output, degraded, clean, residual.abs())
         rows.append({"tested_on": tested, **measured})
-    return rows
+    clean = sample_patches(held_out, 1, TEST_PATCH, stream(run.seed, "picture"))
+    degraded, _ = degradation(kinds[0])(clean, stream(run.seed, "picture", kinds[0]))
+    return rows, torch.cat([degraded, predict(network, degraded), clean], dim=-1)[0]
+
+
+def reconstruction(vqgan: VQGAN, clean: Tensor) -> tuple[float, int]:
+    """How well a VQGAN draws clean images (n, 3, h, w): PSNR in dB, and the number of codes that it used."""
+    with torch.no_grad():
+        latent = vqgan.encode(2 * clean.to(next(vqgan.parameters()).device) - 1)
+        quantized, indices, _ = vqgan.quantize(latent)
+        output = ((vqgan.decode(quantized) + 1) / 2).clamp(0, 1).cpu()
+    return psnr(output, clean), len(indices.unique())
 
 
 @lru_cache(maxsize=None)
@@ -1776,7 +1847,7 @@ def verdict_rows(name: str, claim: Claim, seeds: int, folder: Path) -> list[dict
     comparison gives in those metrics: the price.
     """
     rows = []
-    for tested in claim.tested_on:
+    for metric, tested in itertools.product((claim.metric, *claim.also), claim.tested_on):
         panels = {"every panel": list(claim.panels.values())} if len(claim.panels) > 1 else {}
         panels |= {label: [runs] for label, runs in claim.panels.items()}
         for label, parts in panels.items():
@@ -1784,8 +1855,8 @@ def verdict_rows(name: str, claim: Claim, seeds: int, folder: Path) -> list[dict
                 return np.array([results(runs, tested, metric, seeds, folder)
                                  @ [claim.effect.get(getattr(run, claim.x), 0) for run in runs]
                                  for runs in parts])
-            found = effect(claim.metric)
-            rows.append({"claim": name, "tested_on": tested, "panel": label, "metric": claim.metric,
+            found = effect(metric)
+            rows.append({"claim": name, "tested_on": tested, "panel": label, "metric": metric,
                          "effect": found.mean(), "spread": found.mean(0).std(ddof=min(1, seeds - 1)),
                          "E_B": effect("E_B").mean(), "psnr": effect("psnr").mean(),
                          "agree": int((found > 0).all(0).sum()), "seeds": seeds,
@@ -1874,6 +1945,42 @@ def figure_noise(claim: Claim, seeds: int, folder: Path) -> Figure:
     return figure
 
 
+def figure_prior(claim: Claim, seeds: int, folder: Path) -> Figure:
+    """Each network's E_R, E_B and PSNR on unseen rain, a dot a seed; and what each makes of one image."""
+    runs = list(dict.fromkeys(run for panel in claim.panels.values() for run in panel))
+    nets, numbers = (list(dict.fromkeys(getattr(run, field) for run in runs)) for field in ("net", "n"))
+    nets.append(nets.pop(nets.index("prior")))
+    grid = [[next(run for run in runs if (run.net, run.n) == (net, n)) for net in nets] for n in numbers]
+    figure = Figure(figsize=(11, 8.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    for axes, (metric, name) in zip(top.subplots(1, 3), (
+            ("E_R", "E_R: rain removed (higher is better)"),
+            ("E_B", "E_B: background broken (lower is better)"), ("psnr", "PSNR, dB (higher is better)"))):
+        for line, n, colour, shift in zip(grid, numbers, ("#0072b2", "#d55e00"), (-0.15, 0.15)):
+            found = results(line, "unseen", metric, seeds, folder)  # (seeds, nets)
+            place = np.arange(len(nets)) + shift
+            axes.plot(np.tile(place, (seeds, 1)), found, "o", color=colour, alpha=0.4, ms=5, mew=0)
+            axes.plot(place, found.mean(0), "_", color=colour, ms=18, mew=3, label=f"{n:,} backgrounds")
+        if metric == "E_R":
+            axes.axhline(results(line, "unseen", "E_R_ideal", seeds, folder).mean(), color="black", ls="--",
+                         lw=1, label="ideal")
+        if metric != "psnr":
+            axes.set_ylim(bottom=0)
+        axes.set_xticks(range(len(nets)), nets, rotation=20)
+        axes.set_title(name, fontsize=10)
+    handles = top.axes[0].get_legend_handles_labels()
+    top.legend(*handles, loc="outside lower center", ncols=3, fontsize=9)
+    for line, row, n in zip(grid, bottom.subplots(len(grid), len(nets) + 2, squeeze=False), numbers):
+        files = [run.file(folder).with_suffix(".png") for run in line]
+        outputs = [open_image(path).chunk(3, dim=-1) for path in files]  # degraded, output, clean
+        shown = [outputs[0][0], *(output for _, output, _ in outputs), outputs[0][2]]
+        for axes, picture, title in zip(row, shown, ("unseen rain", *nets, "clean")):
+            show(axes, picture, title if line is grid[0] else "")
+        row[0].set_ylabel(f"{n:,} backgrounds")
+    figure.suptitle(claim.statement, fontsize=10)
+    return figure
+
+
 # ==========================================================================================================
 # 8  Command line: how does one run it?
 # ==========================================================================================================
@@ -1908,10 +2015,15 @@ def save_figure(figure: Figure, rows: list[dict], path: Path) -> None:
     print(f"wrote {path} and {path.with_suffix('.csv')}")
 
 
+def to_picture(image: Tensor) -> Image.Image:
+    """An image (3, h, w) in [0, 1] as PIL has them."""
+    levels = torch.stack([channel.mul(255).round_().byte() for channel in image], dim=-1)  # (h, w, 3)
+    return Image.fromarray(levels.numpy())
+
+
 def save_image(image: Tensor, path: Path, original: Path) -> None:
     """Write an image (3, h, w); grey, or with a colour profile, if the original is."""
-    levels = torch.stack([channel.mul(255).round_().byte() for channel in image], dim=-1)  # (h, w, 3)
-    picture = Image.fromarray(levels.numpy())
+    picture = to_picture(image)
     with Image.open(original, formats=FORMATS) as source:
         profile = source.info.get("icc_profile") if source.mode in ("RGB", "RGBA", "L") else None
         if source.mode[0] in "1LIF":
@@ -1968,23 +2080,84 @@ def command_rain(args: argparse.Namespace) -> None:
     save_image(add_rain(image[None], rain)[0], target, args.photo)
 
 
+def digest(images: Iterable[Tensor]) -> str:
+    """What tells these images from others."""
+    total = hashlib.sha256()
+    for image in images:
+        total.update(image.numpy().tobytes())
+    return total.hexdigest()
+
+
+def keep_training(target: Path, resume: bool, network: nn.Module, optimizer: torch.optim.Optimizer,
+                  config: dict, work: Callable) -> None:
+    """Train, and keep a checkpoint on the way; an unfinished one in `target` is gone on with.
+
+    work(start, after_step) trains, and calls after_step(steps done, note) between steps.  With `resume`, it
+    is an error if there is nothing to go on with, and nothing is done to a training that is complete.
+    """
+    start, steps, networks = 0, config["steps"], {**NETWORKS, "vqgan": Pretraining}
+    try:
+        saved, content = load_checkpoint(target, networks)
+        stopped = "optimizer" in content
+    except BadInput:
+        if resume:
+            raise
+        stopped = False
+    if resume or stopped:
+        for key, value in config.items():
+            if content["config"].get(key) != value:
+                raise BadInput(f"{target} was trained with {key} {content['config'].get(key)}, not {value}; "
+                               "repeat the options of then, or delete it to begin anew")
+        start = content["step"]
+        network.load_state_dict(saved.state_dict())
+        if start == steps:
+            print(f"{target} is complete: all {start} steps are done")
+            return
+        try:
+            optimizer.load_state_dict(content["optimizer"])
+        except Exception:
+            raise BadInput(f"{target} lacks the optimizer's state; delete it to begin anew") from None
+        print(f"going on with {target}, at step {start} of {steps}")
+    progress, interrupted = Progress("training", steps - start), threading.Event()
+
+    def after_step(step: int, note: str) -> None:
+        progress.step(note)
+        if step < steps and (interrupted.is_set() or step % 500 == 0):
+            save_checkpoint(target, network, config, step, optimizer)
+            if interrupted.is_set():
+                raise KeyboardInterrupt(f"{step} of {steps} steps are in {target}; the same command "
+                                        "goes on")
+
+    # Ctrl-C within a step would leave weights that no uninterrupted training ever has, so it waits for the
+    # end.
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        work(start, after_step)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    save_checkpoint(target, network, config, steps)
+    print(f"wrote {target}")
+
+
+def make_prior(target: Path, resume: bool, images: list[Tensor], steps: int, seed: int, device: str) -> VQGAN:
+    """Pre-train a VQGAN on clean images, and keep it in `target`."""
+    training = seeded(Pretraining, seed, **PRIOR).to(device)
+    config = {"net": "vqgan", "arguments": PRIOR, "steps": steps, "seed": seed, "backgrounds": digest(images)}
+    optimizer = training.optimizer()
+    keep_training(target, resume, training, optimizer, config, lambda start, after_step: pretrain(
+        training, images, steps, seed, start=start, optimizer=optimizer,
+        after_step=lambda step, quality, alive: after_step(
+            step, f", {quality:.1f} dB, {alive:.0%} of the codes in use")))
+    return training.vqgan
+
+
 def command_vqgan(args: argparse.Namespace) -> None:
     device, target = pick_device(args.device), check_output(args.output, (".pt", ".ckpt"))
-    training, held_out = training_and_held_out(args.backgrounds, args.category, args.seed)
-    vqgan = seeded(VQGAN, args.seed, **PRIOR).to(device)
-    progress = Progress("pre-training", args.steps)
-    pretrain(vqgan, training, args.steps, args.seed, lambda step, quality, alive: progress.step(
-        f", {quality:.1f} dB, {alive:.0%} of the codes in use"))
+    images, held_out = training_and_held_out(args.backgrounds, args.category, args.seed)
+    vqgan = make_prior(target, args.resume, images, args.steps, args.seed, device)
     clean = sample_patches(held_out, TEST_PATCHES, TEST_PATCH, stream(args.seed, "test patches"))
-    with torch.no_grad():
-        quantized, indices, _ = vqgan.quantize(vqgan.encode(2 * clean.to(device) - 1))
-        output = ((vqgan.decode(quantized) + 1) / 2).clamp(0, 1).cpu()
-    print(f"held-out images: reconstructed at {psnr(output, clean):.1f} dB, with {len(indices.unique())} of "
-          f"{PRIOR['n_embed']} codes")
-    with writing(target) as temporary, open(temporary, "wb") as file:
-        weights = {name: tensor.cpu().contiguous() for name, tensor in vqgan.state_dict().items()}
-        torch.save({"state_dict": weights}, file)
-    print(f"wrote {target}")
+    quality, used = reconstruction(vqgan, clean)
+    print(f"held-out images: reconstructed at {quality:.1f} dB, with {used} of {PRIOR['n_embed']} codes")
 
 
 def network_arguments(args: argparse.Namespace) -> dict:
@@ -2004,44 +2177,18 @@ def command_train(args: argparse.Namespace) -> None:
     patches = sample_patches(images, args.n, PATCH, stream(args.seed, "patches"))
     plain = {name: vqgan_arguments(vqgan.state_dict()) for name, vqgan in arguments.items()}
     config = {"net": args.net, "arguments": plain, "n": args.n, "rain": args.rain, "steps": args.steps,
-              "seed": args.seed, "backgrounds": hashlib.sha256(patches.numpy().tobytes()).hexdigest()}
-    network, start = build_network(args.net, args.seed, **arguments).to(device), 0
-    optimizer = make_optimizer(network)
-    if args.resume:
-        saved, content = load_checkpoint(target)
-        for key, value in config.items():
-            if content["config"].get(key) != value:
-                raise BadInput(f"{target} was trained with {key} {content['config'].get(key)}, not {value}; "
-                               "repeat the options of then, or leave out --resume to begin anew")
-        start = content["step"]
-        network.load_state_dict(saved.state_dict())
-        if start == args.steps:
-            print(f"{target} is complete: all {start} steps are done")
-            return
-        try:
-            optimizer.load_state_dict(content["optimizer"])
-        except Exception:
-            raise BadInput(f"{target} lacks the optimizer's state; begin anew without --resume") from None
-    progress, interrupted = Progress("training", args.steps - start), threading.Event()
+              "seed": args.seed, "backgrounds": digest(patches)}
+    network = build_network(args.net, args.seed, **arguments).to(device)
+    optimizer, losses = make_optimizer(network), []
 
-    def after_step(step: int, loss: float) -> None:
-        progress.step(f", L1 {loss:.4f}")
-        if step < args.steps and (interrupted.is_set() or step % 500 == 0):
-            save_checkpoint(target, network, config, step, optimizer)
-            if interrupted.is_set():
-                raise KeyboardInterrupt(f"{step} of {args.steps} steps are in {target}; --resume goes on")
+    def work(start: int, after_step: Callable[[int, str], None]) -> None:
+        losses.extend(train(network, patches, rain_degradation(RAIN[args.rain]), args.steps, args.seed,
+                            start=start, optimizer=optimizer,
+                            after_step=lambda step, loss: after_step(step, f", loss {loss:.4f}")))
 
-    # Ctrl-C within a step would leave weights that no uninterrupted training ever has, so it waits for the
-    # end.
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        losses = train(network, patches, rain_degradation(RAIN[args.rain]), args.steps, args.seed,
-                       start=start, optimizer=optimizer, after_step=after_step)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    save_checkpoint(target, network, config, args.steps)
-    print(f"mean L1 loss of the last {len(losses[-100:])} steps: {np.mean(losses[-100:]):.4f}")
-    print(f"wrote {target}")
+    keep_training(target, args.resume, network, optimizer, config, work)
+    if losses:
+        print(f"mean loss of the last {len(losses[-100:])} steps: {np.mean(losses[-100:]):.4f}")
 
 
 def command_restore(args: argparse.Namespace) -> None:
@@ -2070,7 +2217,7 @@ def command_reproduce(args: argparse.Namespace) -> None:
     load = lru_cache(maxsize=1)(lambda images, seed: training_and_held_out(args.backgrounds, images, seed))
     images = None
     if args.backgrounds:  # other photographs are another experiment
-        digests = [hashlib.sha256(image.numpy()).hexdigest() for part in load("", 0) for image in part]
+        digests = [digest([image]) for part in load("", 0) for image in part]
         images = f"photographs-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
     device = pick_device(args.device)
     claims = {name: adapt(CLAIMS[name], images, steps, args.quick, device) for name in names}
@@ -2084,7 +2231,7 @@ def command_reproduce(args: argparse.Namespace) -> None:
     try:
         if args.dry_run:
             print(*(run.file(Path()).stem for run in missing), sep="\n")
-            minutes = seconds(missing, load) / 60
+            minutes = seconds(missing, load, args.runs) / 60
             print(f"{len(missing)} of {len(wanted)} runs are missing: about {minutes:.1f} minutes in one "
                   "process, which uses one core; divide by the number of ranks under torchrun")
         elif do_runs(missing, load, args.runs):
@@ -2109,13 +2256,23 @@ def do_runs(missing: list[Run], load: Callable, folder: Path) -> bool:
         missing = agreed[0]
     if rank == 0:
         print(f"{len(missing)} runs are missing; each is kept in {folder} when it is done", flush=True)
+    priors = {prior_file(run, folder): run for run in missing if run.net == "prior"}
+    for path, run in list(priors.items())[rank::ranks]:
+        seed = 0 if run.images in BACKGROUNDS else run.seed
+        images, _ = load(run.images, seed)
+        make_prior(path, path.exists(), images, PRETRAINING * run.steps, seed, run.device)
+    if ranks > 1:
+        torch.distributed.barrier()  # until every VQGAN is there
     mine = missing[rank::ranks]
     progress = Progress(f"training, rank {rank} of {ranks}", sum(run.steps for run in mine))
     done = 0
     try:
         for run in mine:
-            rows = measure(run, *load(run.images, run.seed),
-                           lambda *_: progress.step(f", {done} of {len(mine)} runs done"))
+            vqgan = load_vqgan(prior_file(run, folder)) if run.net == "prior" else None
+            rows, picture = measure(run, *load(run.images, run.seed), vqgan,
+                                    lambda *_: progress.step(f", {done} of {len(mine)} runs done"))
+            with writing(run.file(folder).with_suffix(".png")) as temporary:
+                to_picture(picture).save(temporary)
             with writing(run.file(folder)) as temporary:
                 temporary.write_text(json.dumps(rows, indent=1) + "\n")
             done += 1
@@ -2128,7 +2285,7 @@ def do_runs(missing: list[Run], load: Callable, folder: Path) -> bool:
     return rank == 0
 
 
-def seconds(runs: list[Run], load: Callable) -> float:
+def seconds(runs: list[Run], load: Callable, folder: Path) -> float:
     """How long the runs will take in one process, by timing: images once, each network for 2 and 12 steps."""
     def timed(work: Callable, *arguments) -> float:
         begun = time.monotonic()
@@ -2146,6 +2303,11 @@ def seconds(runs: list[Run], load: Callable) -> float:
             progress.step()
         base, step = costs[run.net, run.arguments]
         total += base + step * run.steps
+    priors = {prior_file(run, folder): run for run in runs if run.net == "prior"}
+    for run in (run for path, run in priors.items() if not path.exists()):
+        training, images = seeded(Pretraining, 0, **PRIOR), load(run.images, run.seed)[0]
+        _, few, many = (timed(pretrain, training, images, n) for n in (1, 2, 12))
+        total += few + max(0, many - few) / 10 * PRETRAINING * run.steps
     load.cache_clear()
     images = {(run.images, run.seed): run.images for run in runs}.values()
     return total + sum(list(images).count(kind) * timed(load, kind, 0) for kind in set(images))
@@ -2156,19 +2318,19 @@ def report(claims: dict[str, Claim], seeds: int, folder: Path, out: Path) -> Non
     verdicts = []
     for name, claim in claims.items():
         verdicts += verdict_rows(name, claim, seeds, folder)
-        draw = figure_noise if name == "noise" else figure_claim
+        draw = {"noise": figure_noise, "prior": figure_prior}.get(name, figure_claim)
         save_figure(draw(claim, seeds, folder), claim_rows(claim, seeds, folder), out / f"{name}.png")
     table = out / ("verdicts.csv" if len(claims) == len(CLAIMS) else f"verdicts-{'-'.join(claims)}.csv")
     save_table(verdicts, table)
     print(f"wrote {table}")
     for name, claim in claims.items():
         print(f"\n{name}: {claim.statement}")
-        print(f"    {'tested on':13}{'panel':28}{'effect':>14}{'E_B':>8}{'PSNR':>8}   seeds   verdict")
+        print("    {:6}{:13}{:31}{:>14}{:>8}{:>8}   seeds   verdict".format(
+            "of", "tested on", "panel", "effect", "E_B", "PSNR"))
         for row in verdicts:
             if row["claim"] == name:
-                print("    {tested_on:13}{panel:28}{effect:+8.2f} ± {spread:.2f}{E_B:+8.2f}{psnr:+8.2f}"
-                      "{agree:>4} of {seeds}  "
-                      "{verdict}".format(**row))
+                print("    {metric:6}{tested_on:13}{panel:31}{effect:+8.2f} ± {spread:.2f}{E_B:+8.2f}"
+                      "{psnr:+8.2f}{agree:>4} of {seeds}  {verdict}".format(**row))
 
 
 class Parser(argparse.ArgumentParser):
@@ -2196,6 +2358,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--vqgan": dict(metavar="FILE", help="pre-trained VQGAN, for --net prior: ours or a published one"),
         "--rain": dict(choices=("small", "medium", "large"), default="small", help="rain to train on"),
         "--steps": dict(type=whole(1), default=2500, metavar="N", help="training steps"),
+        "--resume": dict(action="store_true", help="insist on going on with the unfinished training in FILE"),
         "--seed": dict(type=whole(0), default=0, metavar="N", help="of all that is drawn at random"),
         "--device": dict(default="auto", metavar="NAME", help="cpu or cuda; auto: a GPU if there is one"),
         "--out": dict(type=Path, default=Path("figures"), metavar="FOLDER", help="where results go"),
@@ -2213,7 +2376,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help="backgrounds of one network (default: 8)")
     parser.add_argument("--many", type=whole(2), default=1024, metavar="N",
                         help="backgrounds of the other (default: 1024)")
-    add_options(parser, *shared)
+    add_options(parser, *(name for name in shared if name != "--resume"))
     parser.set_defaults(run=command_headline)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", description="each has a --help")
 
@@ -2238,14 +2401,13 @@ def make_parser() -> argparse.ArgumentParser:
                           "the checkpoint, a .pt file")
     command.add_argument("--n", type=whole(1), default=64, metavar="N",
                          help="number of distinct background patches (default: 64)")
-    command.add_argument("--resume", action="store_true", help="go on with the interrupted training in FILE")
-    add_options(command, "--net", "--vqgan", "--backgrounds", "--category", "--rain", "--steps", "--seed",
-                "--device")
+    add_options(command, "--resume", "--net", "--vqgan", "--backgrounds", "--category", "--rain", "--steps",
+                "--seed", "--device")
     command = add_command(command_vqgan, "pre-train the content prior, a VQGAN, on clean images",
                           "vqgan --backgrounds photos/ -o vqgan.pt", "the VQGAN, a .pt file")
     command.add_argument("--steps", type=whole(1), default=4000, metavar="N",
                          help="training steps (default: 4000)")
-    add_options(command, "--backgrounds", "--category", "--seed", "--device")
+    add_options(command, "--resume", "--backgrounds", "--category", "--seed", "--device")
     command = add_command(command_reproduce, "test the paper's claims: trainings, figures, tables, verdicts "
                           "(with two cores: torchrun --nproc_per_node=2 derain.py reproduce)",
                           "reproduce few range --backgrounds photos/")

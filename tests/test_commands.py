@@ -17,8 +17,16 @@ def files_in(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_the_main_job(run, tmp_path):
-    done = run("--category", "urban", "--steps", 3, "--few", 2, "--many", 8, "--seed", 4, "--out", tmp_path / "a")
+@pytest.fixture
+def small(monkeypatch):
+    """The main job with fewer images to draw and to test on."""
+    import derain
+    for name, value in {"TRAINING_IMAGES": 8, "HELD_OUT_IMAGES": 4, "TEST_PATCHES": 6}.items():
+        monkeypatch.setattr(derain, name, value)
+
+
+def test_the_main_job(call, small, tmp_path):
+    done = call("--category", "urban", "--steps", 3, "--few", 2, "--many", 8, "--seed", 4, "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     assert files_in(tmp_path / "a") == ["decoupled.csv", "decoupled.png", "headline.csv", "headline.png"]
     with open(tmp_path / "a" / "headline.csv") as file:
@@ -29,14 +37,14 @@ def test_the_main_job(run, tmp_path):
         assert f"{float(row['E_R']):.1f}" in done.stdout and f"{float(row['psnr']):.2f}" in done.stdout
     assert "headline.png" in done.stdout and "Trained on 2 backgrounds instead of 8" in done.stdout
     assert "Traceback" not in done.stderr
-    again = run("--category", "urban", "--steps", 3, "--few", 2, "--many", 8, "--seed", 4, "--out", tmp_path / "b")
+    again = call("--category", "urban", "--steps", 3, "--few", 2, "--many", 8, "--seed", 4, "--out", tmp_path / "b")
     for name in files_in(tmp_path / "a"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert again.stdout == done.stdout.replace("/a/", "/b/")
 
 
-def test_the_main_job_on_photographs(run, photos, tmp_path):
-    done = run("--backgrounds", photos, photos / "photo0.png", "--rain", "large", "--steps", 2, "--many", 20, "--out", tmp_path)
+def test_the_main_job_on_photographs(call, small, photos, tmp_path):
+    done = call("--backgrounds", photos, photos / "photo0.png", "--rain", "large", "--steps", 2, "--many", 20, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "photographs: 5 to cut training patches from, 1 held out" in done.stdout and "large" in done.stdout
 

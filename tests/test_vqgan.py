@@ -4,6 +4,7 @@ import argparse
 import collections
 import os
 import pathlib
+import signal
 import sys
 import types
 
@@ -163,32 +164,48 @@ def test_no_checkpoint_at_all(tmp_path, tiny):
 
 
 def faces(n: int) -> list[torch.Tensor]:
-    return [derain.draw_background("faces", 64, np.random.default_rng(i)) for i in range(n)]
+    return [derain.draw_background("faces", 96, np.random.default_rng(i)) for i in range(n)]
 
 
 @pytest.fixture(scope="module")
 def pretrained() -> derain.VQGAN:
-    vqgan = derain.seeded(derain.VQGAN, 0, **derain.PRIOR)
-    derain.pretrain(vqgan, faces(4), 24)
-    return vqgan
+    training = derain.seeded(derain.Pretraining, 0, **derain.PRIOR)
+    derain.pretrain(training, faces(4), 24)
+    return training.vqgan
 
 
 def test_pretraining_is_deterministic_and_learns(pretrained):
     reports = []
-    again = derain.seeded(derain.VQGAN, 0, **derain.PRIOR)
+    again = derain.seeded(derain.Pretraining, 0, **derain.PRIOR)
     derain.pretrain(again, faces(4), 24, after_step=lambda *report: reports.append(report))
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), pretrained.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(again.vqgan.state_dict().values(), pretrained.state_dict().values()))
     assert [step for step, _, _ in reports] == list(range(1, 25))
     assert reports[-1][1] > reports[0][1] + 1 and all(0 < alive <= 1 for _, _, alive in reports)
 
 
 def test_dead_codes_come_back_to_life():
-    vqgan = derain.seeded(derain.VQGAN, 0, **{**derain.PRIOR, "n_embed": 64})
+    training = derain.seeded(derain.Pretraining, 0, **{**derain.PRIOR, "n_embed": 64})
     with torch.no_grad():
-        vqgan.quantize.embedding.weight[1:] = 100  # nothing is near, so all choose code 0
+        training.vqgan.quantize.embedding.weight[1:] = 100  # nothing is near, so all choose code 0
     reports = []
-    derain.pretrain(vqgan, faces(2), 42, after_step=lambda *report: reports.append(report))
-    assert reports[32][2] > 0.9 and vqgan.quantize.embedding.weight.abs().max() < 50
+    derain.pretrain(training, faces(2), 42, after_step=lambda *report: reports.append(report))
+    assert reports[32][2] > 0.9 and training.vqgan.quantize.embedding.weight.abs().max() < 50
+
+
+def test_the_critic_learns_to_tell_and_not_to_please():
+    """Its gradient is the hinge loss's alone: that of the same patches, real and drawn, put to it by hand."""
+    training = derain.seeded(derain.Pretraining, 0, **derain.PRIOR)
+    seen = []
+    training.critic.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    optimizer = torch.optim.SGD(training.parameters(), lr=0.0)  # its schedule is set, its weights stay
+    optimizer.step = lambda: None
+    derain.pretrain(training, faces(2), 2, optimizer=optimizer)  # the second step has a critic
+    drawn, real, again = seen
+    assert torch.equal(drawn, again)
+    found = [p.grad.clone() for p in training.critic.parameters()]
+    hinge = torch.relu(1 - training.critic(real)).mean() + torch.relu(1 + training.critic(drawn)).mean()
+    for expected, gradient in zip(torch.autograd.grad(hinge, training.critic.parameters()), found):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_fine_tuning_moves_the_encoder_alone(pretrained):
@@ -211,6 +228,49 @@ def test_what_the_prior_shows_is_made_of_codes(pretrained):
     with torch.no_grad():
         drawn = network.vqgan.decode(network.vqgan.quantize.embedding(indices).permute(0, 3, 1, 2))
         torch.testing.assert_close(network(image), (drawn[..., :30, :21] + 1) / 2, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("levels", (3, 5))
+def test_fine_tuning_with_a_vqgan_of_any_depth(levels):
+    """A published one makes latents 16 times smaller, which a side of 40 does not divide by."""
+    network = derain.seeded(derain.VQGANPrior, 0, vqgan={**derain.PRIOR, "ch_mult": (1,) * levels})
+    losses = derain.train(network, torch.rand(4, 3, 40, 40), derain.degradation("small"), 2)
+    assert np.isfinite(losses).all() and network(torch.rand(1, 3, 21, 40)).shape == (1, 3, 21, 40)
+
+
+def test_the_loss_of_the_prior(pretrained):
+    """The squared distance of the latents from the clean image's codes, by hand."""
+    network = derain.build_network("prior", vqgan=pretrained)
+    clean, degraded = torch.rand(2, 2, 3, 24, 24)
+    with torch.no_grad():
+        torch.nn.init.normal_(network.vqgan.quant_conv.weight)  # the fine-tuned encoder is another than the teacher
+        target = pretrained.quantize(pretrained.encode(2 * clean - 1))[0]
+        expected = (network.vqgan.encode(2 * degraded - 1) - target).square().mean()
+        assert network.loss(degraded, clean).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_an_interrupted_pretraining_goes_on_to_the_same_bytes(tmp_path, monkeypatch, call):
+    draw, calls = derain.sample_patches, []
+    monkeypatch.setattr(derain, "HELD_OUT_IMAGES", 1)
+    monkeypatch.setattr(derain, "TEST_PATCHES", 1)
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(*arguments)
+
+    options = ("vqgan", "--steps", 4, "-o")
+    assert call(*options, tmp_path / "whole.pt").returncode == 0
+    monkeypatch.setattr(derain, "sample_patches", interrupted)
+    stopped = call(*options, tmp_path / "cut.pt")
+    assert stopped.returncode == 130 and "3 of 4 steps" in stopped.stderr
+    refused = call("train", "--net", "prior", "--vqgan", tmp_path / "cut.pt", "-o", tmp_path / "prior.pt")
+    assert refused.returncode == 2 and "unfinished" in refused.stderr and refused.stderr.count("\n") == 1
+    assert call("vqgan", "--steps", 5, "-o", tmp_path / "cut.pt").returncode == 2  # that would be another
+    assert call(*options, tmp_path / "cut.pt").returncode == 0
+    assert (tmp_path / "cut.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
+    assert derain.load_vqgan(tmp_path / "cut.pt")
 
 
 def test_the_prior_from_the_command_line(call, photos, tmp_path):
