@@ -1567,6 +1567,8 @@ def figure_decoupled(tested: dict[str, Tensor]) -> tuple[Figure, list[dict]]:
     show(axes[1], mask.float(), "mask: where it rains")
     show(axes[2], output[0], "output of a network")
     colours = {"cmap": "viridis", "vmin": 0, "vmax": 100}
+    for either in axes[3:]:
+        either.set_facecolor("0.8")  # where there is no number
     show(axes[3], torch.where(mask, changed, math.nan), "changed, on the mask", **colours)
     axes[3].set_xlabel("root mean square: E_R {E_R:.0f}\n(perfect: {E_R_ideal:.0f})".format(**measured))
     handle = show(axes[4], torch.where(mask, math.nan, broken), "broken, off the mask", **colours)

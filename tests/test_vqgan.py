@@ -104,7 +104,8 @@ def foreign():
 
 
 @pytest.mark.parametrize("zipped", (True, False))
-def test_a_checkpoint_in_the_published_layout_loads(tiny, foreign, tmp_path, zipped):
+def test_a_checkpoint_in_the_published_layout_loads(tiny, foreign, tmp_path, monkeypatch, zipped):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # they were written on a GPU
     state = {**tiny.state_dict(), "loss.perceptual_loss.net.slice1.0.weight": torch.zeros(4, 3),
              "loss.discriminator.main.0.weight": torch.zeros(4, 3)}
     content = {"epoch": 7, "callbacks": {foreign.ModelCheckpoint: {"best": torch.ones(()), "where": "x.ckpt"}},
