@@ -1953,8 +1953,8 @@ def figure_prior(claim: Claim, seeds: int, folder: Path) -> Figure:
     nets, numbers = (list(dict.fromkeys(getattr(run, field) for run in runs)) for field in ("net", "n"))
     nets.append(nets.pop(nets.index("prior")))
     grid = [[next(run for run in runs if (run.net, run.n) == (net, n)) for net in nets] for n in numbers]
-    figure = Figure(figsize=(11, 8.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    figure = Figure(figsize=(11, 7.3), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 0.95))
     for axes, (metric, name) in zip(top.subplots(1, 3), (
             ("E_R", "E_R: rain removed (higher is better)"),
             ("E_B", "E_B: background broken (lower is better)"), ("psnr", "PSNR, dB (higher is better)"))):
