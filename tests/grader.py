@@ -26,6 +26,7 @@ from make_assignment import ASSIGNMENTS, MARK
 
 TESTS = Path(__file__).resolve().parent
 BLANK = re.compile(re.escape(MARK) + r"([\w.]+) is not written")
+IMPORT_LIMIT = 60  # seconds
 GRADES = {}  # for each test the functions that it grades
 for _assignment in ASSIGNMENTS.values():
     for _function, _tests in _assignment["functions"].items():
@@ -97,7 +98,7 @@ def pytest_addoption(parser):
     group.addoption("--module", type=Path, metavar="FILE", help="run the tests against this file instead of derain.py")
     group.addoption("--assignment", default="", metavar="NAMES", help="with --module: only the tests that grade these")
     group.addoption("--limit", type=float, default=60, metavar="SECONDS",
-                    help="with --module: of each test, and of the import (default: 60)")
+                    help="with --module: of each test (default: 60)")
 
 
 def pytest_configure(config):
@@ -143,7 +144,7 @@ class Grader:
         collection = subprocess.Popen(
             [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(TESTS)],
             stdout=subprocess.PIPE, text=True, cwd=TESTS.parent, env=environment)
-        problem = import_problem(self.module, self.limit)
+        problem = import_problem(self.module, IMPORT_LIMIT)
         if not problem:
             problem = self.load_here()
         if problem:
@@ -169,7 +170,7 @@ class Grader:
         Blank.__name__ = Blank.__qualname__ = "NotImplementedError"
         sys.modules["derain"] = module
         try:
-            with limited(self.limit):
+            with limited(IMPORT_LIMIT):
                 exec(compile(self.module.read_bytes(), str(self.module), "exec"), module.__dict__)
         except BaseException as problem:  # it did not in a process of its own, but who knows
             return f"{type(problem).__name__}: {problem}"
@@ -180,7 +181,7 @@ class Grader:
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector):
         try:
-            with limited(self.limit):
+            with limited(IMPORT_LIMIT):
                 return (yield)
         except SystemExit:
             return pytest.CollectReport(collector.nodeid, "failed", f"{self.module.name} calls sys.exit", [])
