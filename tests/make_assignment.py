@@ -94,10 +94,11 @@ ASSIGNMENTS = {
                 "test_networks.py::test_networks_take_images_of_any_size[unet]",
                 "test_networks.py::test_unet_gets_its_details_back"),
             "train": (
+                "test_training.py::test_training_is_adam_on_the_l1_loss_with_a_rate_that_falls_along_half_a_cosine",
                 "test_training.py::test_training_sees_only_its_backgrounds_and_their_mirror_images",
-                "test_training.py::test_training_lowers_the_loss_and_repeats_to_the_bit",
                 "test_training.py::test_interrupted_training_ends_with_the_same_weights",
-                "test_training.py::test_few_and_many_differ_in_the_backgrounds_alone"),
+                "test_training.py::test_few_and_many_differ_in_the_backgrounds_alone",
+                "test_training.py::test_training_lowers_the_loss_and_repeats_to_the_bit"),
         }},
     "attention": {
         "teaches": "window attention: shapes, heads, relative positions, shifted windows and their mask",
