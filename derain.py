@@ -838,7 +838,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, each after a normalization and a swish (SiLU), that add to the input's nin_shortcut."""
+    """Two convolutions, each after a normalization and a swish (SiLU), added to the input's nin_shortcut."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
