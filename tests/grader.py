@@ -110,7 +110,7 @@ def pytest_configure(config):
     if not module.is_file():
         raise pytest.UsageError(f"--module {module}: no such file")
     if not set(chosen) <= set(ASSIGNMENTS):
-        raise pytest.UsageError(f"--assignment {','.join(chosen)}: there are {', '.join(ASSIGNMENTS)}")
+        raise pytest.UsageError(f"--assignment {','.join(chosen)}: no such assignment; there are {', '.join(ASSIGNMENTS)}")
     grader = Grader(module.resolve(), chosen, config.getoption("limit"))
     problem = grader.load()
     if problem:
@@ -267,14 +267,14 @@ class Grader:
         write = terminalreporter.write_line
         terminalreporter.section(f"coursework: {self.module.name}")
         for name, keys in self.totals.items():
-            if self.chosen and name not in self.chosen:
+            if not keys & self.outcomes.keys() and name not in self.chosen:
                 continue
             not_run = len(keys - self.outcomes.keys())
             write(f"{name:16}{self.passed(keys):>8}" + (f"   ({not_run} not run)" if not_run else ""))
             for function in ASSIGNMENTS.get(name, {"functions": ()})["functions"]:
                 own = {key for key in keys if function in graded(key)}
                 blocks = len(self.blockers.get(function, ()))
-                if not all(self.outcomes.get(key) == "passed" for key in own):
+                if any(self.outcomes.get(key, "passed") != "passed" for key in own):
                     write(f"    {function:28}{self.passed(own):>7}" + (f"   blocks {blocks} more" if blocks else ""))
 
     def pytest_unconfigure(self, config):
