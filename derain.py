@@ -159,7 +159,10 @@ STREAK_PEAK = (0.3, 0.8)  # every streak draws its peak brightness from this int
 
 
 def draw_factors(n: int, rain_range: RainRange, rng: np.random.Generator) -> Tensor:
-    """Draw the factors of n images: (n, 4), the columns being quantity, width, length, direction."""
+    """Draw the factors of n images: (n, 4), the columns being quantity, width, length, direction.
+
+    All are drawn for each image by itself; so is the side that it leans to, if either_side.
+    """
     intervals = (rain_range.quantity, rain_range.width, rain_range.length, rain_range.direction)
     factors = np.stack([rng.uniform(low, high, n) for low, high in intervals], axis=1)
     if rain_range.either_side:
@@ -202,7 +205,13 @@ def streak_seeds(noise: Tensor, quantity: Tensor) -> Tensor:
 
 
 def render_rain(factors: Tensor, size: int | tuple[int, int], rng: np.random.Generator) -> Tensor:
-    """Rain layers (n, 1, h, w) in [0, 1] with the given factors (n, 4); size is (h, w), or one number."""
+    """Rain layers (n, 1, h, w) in [0, 1] with the given factors (n, 4); size is (h, w), or one number.
+
+    Each seed leaves its image's streak_kernel (k, k) times its brightness; where streaks meet they add up,
+    to 1 at most.  Seeds also lie outside the frame: they come from rng.random((n, *canvas), np.float32), the
+    canvas having sides h + k - 1 and w + k - 1 rounded up to multiples of 16, and the seed at (y, x) of it
+    fills rows y - k + 1 to y and columns x - k + 1 to x of the frame.
+    """
     height, width = (size, size) if isinstance(size, int) else size
     quantity, *streak = factors.unbind(1)
     kernel = streak_kernel(*streak)  # (n, k, k)
@@ -281,9 +290,10 @@ NOISE = {
 
 
 def noise_degradation(kind: str) -> Degradation:
-    """The degradation that adds noise of a kind in NOISE, O = clip(B + N, 0, 1).
+    """The degradation that adds noise of a kind in NOISE, O = clip(B + N, 0, 1), its level drawn per image.
 
-    Its residual is N (n, 3, h, w), signed, as it is before clipping.
+    Its residual is N (n, 3, h, w) float32, signed, as it is before clipping.  Salt and pepper hit all
+    channels of a pixel alike, half of them white; every other kind draws each channel by itself.
     """
     def degrade(clean: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         n, channels, height, width = clean.shape
@@ -379,7 +389,8 @@ def draw_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
     """Dead leaves: discs with radii of density r^-3 that hide one another (Lee, Mumford & Huang 2001).
 
     They have the statistics of natural images: edges at every scale, occlusion, smooth shading.  The smallest
-    leaf differs from scene to scene, as the distance to the subject does.
+    leaf differs from scene to scene, as the distance to the subject does: its radius is 2.5 to 10 pixels.
+    The largest has size / 2 + 10.  They lie eight deep, so that no gap remains; colours vary about a scene's.
     """
     image = np.zeros((3, size, size), dtype=np.float32)
     scene = rng.uniform(0.2, 0.7) + rng.normal(0, 0.08, 3)  # the light that all leaves of a scene share
@@ -616,7 +627,10 @@ class ResNet(nn.Module):
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Grow images (n, c, h, w) at the right and the bottom until both sides divide by `multiple`."""
+    """Grow images (n, c, h, w) at the right and the bottom until both sides divide by `multiple`.
+
+    What is added mirrors the image, or, where the image is too small for that, repeats its edge.
+    """
     bottom, right = (-side % multiple for side in images.shape[-2:])
     mirror = bottom < images.shape[-2] and right < images.shape[-1]  # or the image is too small for that
     return F.pad(images, (0, right, 0, bottom), "reflect" if mirror else "replicate")
@@ -625,8 +639,9 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 class UNet(nn.Module):
     """A U-Net (Ronneberger et al. 2015), two levels deep.
 
-    On the way down the image halves and the channels double, so the network sees far; on the way up each
-    level gets back the details that it had on the way down.  The default has 117,075 parameters.
+    On the way down the image halves (the maximum of 2x2 pixels) and the channels double, so the network sees
+    far; on the way up each level gets back the details that it had on the way down, as its first channels.
+    Images are padded to sides that divide by 4, and cut again.  The default has 117,075 parameters.
     """
 
     def __init__(self, channels: int = 16):
@@ -657,7 +672,7 @@ class UNet(nn.Module):
 # and so that news also crosses from window to window, every second block shifts the windows by half.
 
 def to_windows(image: Tensor, window: int) -> Tensor:
-    """Cut (n, h, w, c) into windows: (n * windows, window * window, c)."""
+    """Cut (n, h, w, c) into windows: (n * windows, window * window, c), windows and pixels row by row."""
     n, h, w, c = image.shape
     cut = image.view(n, h // window, window, w // window, window, c)
     return cut.transpose(2, 3).reshape(-1, window * window, c)
@@ -674,9 +689,11 @@ def from_windows(windows: Tensor, window: int, shape: torch.Size) -> Tensor:
 def shift_mask(h: int, w: int, window: int, device: torch.device) -> Tensor:
     """What to add to attention in shifted windows, (windows, window ** 2, window ** 2): 0 or -infinity.
 
-    Shifting rolls the image around its edges, so that a window there holds pixels from opposite sides of the
-    image, which must not attend to one another.  (The original adds -100.  The weights of 1e-44 that this
-    leaves are denormal numbers, on which some processors are very slow.)
+    Shifting rolls the image (h, w) up and to the left, by window // 2, around its edges.  So a window at the
+    bottom or the right holds pixels from opposite sides of the image, which must not attend to one another:
+    -infinity for them, as query and key.  h and w divide by window; windows as in to_windows.
+    (The original adds -100.  The weights of 1e-44 that this leaves are denormal numbers, on which some
+    processors are very slow.)
     """
     def band(side: int) -> Tensor:  # 0, then 1 in the last window, then 2 in the part that was rolled in
         place = torch.arange(side, device=device)
@@ -686,7 +703,12 @@ def shift_mask(h: int, w: int, window: int, device: torch.device) -> Tensor:
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention within windows, with a learned bias for each offset between two pixels."""
+    """Multi-head attention within windows, with a learned bias for each offset between two pixels.
+
+    windows (b, n, c), n = window ** 2; mask (windows of an image, n, n), to be added, or None.  `qkv` makes
+    queries, then keys, then values, each with its heads side by side; matches are divided by the root of a
+    head's channels; offset[i, j] is the row of the bias table for query i and key j.
+    """
 
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
@@ -711,7 +733,11 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Attention in (shifted) windows, then a two-layer perceptron for each pixel; each adds to its input."""
+    """Attention in (shifted) windows, then a two-layer perceptron for each pixel; each adds to its input.
+
+    Each starts from a normalization of its input; the perceptron has a GELU.  With shift > 0 (always half a
+    window) the image (n, h, w, c) is rolled up and to the left before it is cut, and back afterwards.
+    """
 
     def __init__(self, dim: int, heads: int, window: int, shift: int, hidden: int):
         super().__init__()
@@ -812,7 +838,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, each after a normalization and a swish, that add to what they are given."""
+    """Two convolutions, each after a normalization and a swish (SiLU), added to the input's nin_shortcut."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -826,7 +852,10 @@ class ResidualBlock(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Every pixel collects from all others what it needs (single-head attention), and adds it to itself."""
+    """Every pixel collects from all others what it needs (single-head attention), and adds it to itself.
+
+    q, k, v come from the normalized input; matches are divided by the root of the channels; then proj_out.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -1126,7 +1155,8 @@ class VQGANPrior(nn.Module):
     """A pre-trained VQGAN as a restoration network: what it shows is assembled from codes of clean images.
 
     Codebook and decoder are frozen.  The encoder learns to find the codes of the clean image in the degraded
-    one.  vqgan: a VQGAN (it is copied), or the arguments of one.  Images are in [0, 1] here.
+    one.  vqgan: a VQGAN (it is copied), or the arguments of one.  Images are in [0, 1] here, of any size:
+    they are prepared for the VQGAN, and what it draws is brought back to about [0, 1] and cut to their size.
     """
 
     rate = 5e-4  # a learning rate that does not wipe out what the encoder knows already
@@ -1150,6 +1180,7 @@ class VQGANPrior(nn.Module):
     def loss(self, degraded: Tensor, clean: Tensor) -> Tensor:
         """What training lowers: the squared distance of the latent from the clean image's codes.
 
+        A mean over all numbers; the codes are those of the clean image's latent by the frozen `teacher`.
         The paper adds L1 of the drawn image.  It buys nothing here (tests/prior_losses.py measures it): with
         it the result is the same and training takes half as long again, as the decoder must run; alone, with
         no gradient but the one that quantization lets through, it loses the way.
@@ -1195,6 +1226,9 @@ def train(network: nn.Module, backgrounds: Tensor, degrade: Degradation, steps: 
     """Train a network in place to undo `degrade`; returns the loss (L1, but for the prior) of every step.
 
     backgrounds: clean patches (n, 3, h, w) in [0, 1].  degrade: see Degradation.
+    Step i of `steps`, from 0: BATCH patches drawn at random, each mirrored (left to right) with a chance of
+    one half, then degraded; a step of the optimizer at RATE * (1 + cos(pi i / steps)) / 2.  A network that
+    has a `rate` or a `loss(degraded, clean)` of its own is trained with those.
     Step i depends only on the weights, the optimizer's state, `seed` and i: a training that goes on at step
     `start`, with the optimizer that it stopped with, ends with the weights of one that never stopped.
     after_step(steps done, loss) is called between steps, and may raise to stop there.
@@ -1338,7 +1372,7 @@ def dense_evaluation(output: Tensor, noisy: Tensor, clean: Tensor) -> dict[str, 
 
 
 def psnr(output: Tensor, clean: Tensor) -> float:
-    """Peak signal-to-noise ratio, -10 log10(MSE) dB, of images (n, 3, h, w) in [0, 1]; mean over images.
+    """Peak signal-to-noise ratio, -10 log10(MSE) dB, of each image (3, h, w) in [0, 1]; mean over images.
 
     Infinite for equal images.  Raises ValueError if the shapes differ.
     """
@@ -1351,9 +1385,10 @@ def psnr(output: Tensor, clean: Tensor) -> float:
 def ssim(output: Tensor, clean: Tensor) -> float:
     """Structural similarity (Wang et al. 2004) of images (n, 3, h, w) in [0, 1]; mean over images.
 
-    An 11x11 Gaussian window of sigma 1.5; K = 0.01 and 0.03; each channel by itself; averaged over the area
-    in which the window lies within the image.  Raises ValueError if the shapes differ or a side is below
-    11.
+    With means m, variances v and covariance c under an 11x11 Gaussian window of sigma 1.5 and sum 1, it is
+    (2 m_x m_y + C1) (2 c + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2)), C1 = 0.01^2, C2 = 0.03^2; each
+    channel by itself; averaged over all places where the window lies within the image.  Raises ValueError if
+    the shapes differ or a side is below 11.
     """
     if output.shape != clean.shape or min(clean.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs two equal shapes of at least 11x11 pixels, "
@@ -1755,7 +1790,10 @@ def adapt(claim: Claim, images: str | None, steps: int, quick: bool, device: str
 
 
 def training_patches(run: Run, images: list[Tensor]) -> Tensor:
-    """The run's n backgrounds: the first of many, or, of 3n sorted by sharpness, the n of a third."""
+    """The run's n backgrounds: the first of many, or, of 3n sorted by sharpness, the n of a third.
+
+    Patches of side PATCH from stream(seed, "patches"); "many" is NUMBERS[-1], or n if that is more.
+    """
     pool = 3 * run.n if run.sharpness != "any" else max(run.n, NUMBERS[-1])
     patches = sample_patches(images, pool, PATCH, stream(run.seed, "patches"))
     if run.sharpness != "any":
@@ -1821,10 +1859,10 @@ def read_result(path: Path) -> list[dict]:
 
 
 def results(runs: list[Run], tested_on: str, metric: str, seeds: int, folder: Path) -> np.ndarray:
-    """A metric of finished runs: (seeds, runs).
+    """A metric of finished runs: (seeds, runs), of seeds 0, 1, ... whatever the runs' own.
 
     tested_on: a degradation; "training", the one trained on; or "other noise", the mean over all the others.
-    metric: as in the evaluations, or "removed", E_R in % of the ideal.
+    metric: a key of the rows, such as "E_B", or "removed", E_R in % of E_R_ideal.
     """
     def one(run: Run) -> float:
         kinds = {"training": {run.trained_on}, "other noise": {*NOISE} - {run.trained_on}}
@@ -1836,7 +1874,10 @@ def results(runs: list[Run], tested_on: str, metric: str, seeds: int, folder: Pa
 
 
 def verdict(effects: Iterable[float]) -> str:
-    """"reproduced" if every effect is above zero, "refuted" if every one is below, else "undecided"."""
+    """"reproduced" if every effect is above zero, "refuted" if every one is below, else "undecided".
+
+    Zero and NaN are neither above nor below.
+    """
     signs = set(np.sign(list(effects)))
     return "reproduced" if signs == {1} else "refuted" if signs == {-1} else "undecided"
 
@@ -1844,9 +1885,12 @@ def verdict(effects: Iterable[float]) -> str:
 def verdict_rows(name: str, claim: Claim, seeds: int, folder: Path) -> list[dict]:
     """The verdict on a claim: for each kind of test a row for all panels together, and one for each panel.
 
-    effect and spread are mean and standard deviation over the seeds (of the panels' mean, in the row for
-    all); a seed agrees with the row for all if each of its panels does.  E_B and psnr are what the same
-    comparison gives in those metrics: the price.
+    Keys, in this order: claim (the name), tested_on, panel ("every panel", left out where there is but one,
+    or its label), metric (the claim's, then each of `also`, with rows of its own), effect, spread, E_B, psnr,
+    agree (a number of seeds), seeds, verdict ("too few seeds" below SEEDS).
+    effect and spread are mean and standard deviation (n - 1) over the seeds (of the panels' mean, in the row
+    for all); a seed agrees with the row for all if each of its panels does, and its verdict needs every panel
+    in every seed.  E_B and psnr are what the same comparison gives in those metrics, on average: the price.
     """
     rows = []
     for metric, tested in itertools.product((claim.metric, *claim.also), claim.tested_on):

@@ -15,6 +15,14 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # small tensors: a second thread would cost more than it brings
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Under --module (see grader.py) tests that start a process must find the student's file."""
+    global ROOT
+    if config.pluginmanager.has_plugin("coursework"):
+        ROOT = config.pluginmanager.get_plugin("coursework").folder
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -53,6 +53,9 @@ def test_dead_leaves_have_a_natural_spectrum():
     band = (f > 0.02) & (f < 0.2)
     slope = np.polyfit(f[band].log().numpy(), power[band].log().numpy(), 1)[0]
     assert -3.2 < slope < -1.8
+    apart = images - images.mean((1, 2), True)  # leaves of all sizes: pixels 24 apart often share one, but not always
+    correlation = (apart[:, :, 24:] * apart[:, :, :-24]).mean() / apart.square().mean()
+    assert 0.05 < correlation < 0.4
 
 
 def test_windows_repeat():

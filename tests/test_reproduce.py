@@ -48,10 +48,11 @@ def test_verdict_table_of_hand_made_results(tmp_path):
     assert rows["two"]["effect"] == 0 and rows["two"]["spread"] == pytest.approx(np.std([-1, 1, -1, 2, -1], ddof=1))
     assert (rows["two"]["agree"], rows["two"]["verdict"]) == (2, "undecided")
     assert rows["one"]["E_B"] == 12 and rows["one"]["psnr"] == 0  # the price beside it
+    assert rows["every panel"]["spread"] == pytest.approx(np.std([1.5, 2.5, 1.5, 3, 1.5], ddof=1))  # of the panels' means
     assert rows["every panel"]["effect"] == 2 and (rows["every panel"]["agree"], rows["every panel"]["verdict"]) == (2, "undecided")
     backwards = dataclasses.replace(claim, panels={"one": [few, many]}, effect={8: -1, 1024: 1})
     assert derain.verdict_rows("name", backwards, 5, tmp_path)[0]["verdict"] == "refuted"
-    assert derain.verdict_rows("name", claim, 2, tmp_path)[0]["verdict"] not in ("reproduced", "refuted")
+    assert derain.verdict_rows("name", claim, 2, tmp_path)[1]["verdict"] == "too few seeds"  # though both agree
 
 
 def test_which_rows_a_claim_reads(tmp_path):
@@ -173,7 +174,8 @@ def test_claims_on_photographs_keep_their_panels_apart():
             assert list(adapted.panels) == ["resnet", "unet", "swinir"]
         else:
             assert len(adapted.panels) == len(claim.panels) and not any(label.isdecimal() for label in adapted.panels)
-    steps = [runs[0].steps for runs in adapted.panels.values()]  # of `longer`, the last claim
+    longer = derain.adapt(derain.CLAIMS["longer"], "photographs-1", 1600, False, "cpu")
+    steps = [runs[0].steps for runs in longer.panels.values()]
     assert steps == [400, 1600, 4800, 1600, 4800]
 
 

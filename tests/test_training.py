@@ -91,6 +91,29 @@ def test_training_sees_only_its_backgrounds_and_their_mirror_images():
     assert seen == set(range(6))
 
 
+def test_training_is_adam_on_the_l1_loss_with_a_rate_that_falls_along_half_a_cosine():
+    """The same steps by hand, on the batches that the degradation was given."""
+    pairs, steps = [], 4
+
+    def degrade(clean, rng):
+        pairs.append((clean.clone(), clean + 0.1))
+        return clean + 0.1, torch.zeros(len(clean), 1, 12, 12)
+
+    trained, network = (derain.build_network("resnet", 0, channels=4, blocks=1) for _ in range(2))
+    losses = derain.train(trained, torch.rand(5, 3, 12, 12), degrade, steps)
+    optimizer = torch.optim.Adam(network.parameters())
+    for step, (clean, degraded) in enumerate(pairs):
+        assert clean.shape == (derain.BATCH, 3, 12, 12)
+        optimizer.param_groups[0]["lr"] = derain.RATE * (1 + np.cos(np.pi * step / steps)) / 2
+        optimizer.zero_grad()
+        loss = (network(degraded) - clean).abs().mean()
+        loss.backward()
+        optimizer.step()
+        assert losses[step] == pytest.approx(loss.item(), rel=1e-4)
+    assert len(losses) == len(pairs) == steps
+    torch.testing.assert_close(weights_of(trained), weights_of(network), atol=1e-5, rtol=1e-3)
+
+
 def test_streams_differ_by_seed_purpose_and_step():
     first = [derain.stream(*words).random() for words in
              ((0, "training", 0), (0, "training", 1), (1, "training", 0), (0, "test", 0), (0, "training"))]
