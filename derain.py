@@ -2078,8 +2078,11 @@ def save_image(image: Tensor, path: Path, original: Path) -> None:
         profile = source.info.get("icc_profile") if source.mode in ("RGB", "RGBA", "L") else None
         if source.mode[0] in "1LIF":
             picture = picture.convert("L")
-    with writing(path) as temporary:
-        picture.save(temporary, quality=95, icc_profile=profile)
+    try:
+        with writing(path) as temporary:
+            picture.save(temporary, quality=95, icc_profile=profile)
+    except Exception as problem:  # encoders, too, fail in many ways
+        raise BadInput(f"{path} cannot be written: {problem}") from None
 
 
 def each(label: str, items: Iterable, work: Callable) -> int:
