@@ -2269,9 +2269,10 @@ def load_trained(path: Path, device: str) -> nn.Module:
 
 
 def command_restore(args: argparse.Namespace) -> int:
-    folder = args.photo.is_dir()
+    network, folder = load_trained(args.model, pick_device(args.device)), args.photo.is_dir()
+    if not args.photo.exists():
+        raise BadInput(f"{args.photo}: no such photograph or folder")
     target = check_output(args.output / "photo.png" if folder else args.output, SUFFIXES)
-    network = load_trained(args.model, pick_device(args.device))
 
     def work(photo: Path, target: Path = target) -> None:
         image = open_image(photo)
@@ -2540,8 +2541,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("photo", type=Path, help="the photograph, of any size")
     command.add_argument("--range", choices=RAIN, default="medium", help="kind of rain (default: medium)")
     add_options(command, "--seed")
+    shared["--rain"]["default"] = "large"  # what shows the effect best is not what serves best
     command = add_command(command_train, "train a network and keep it",
-                          "train --backgrounds photos/ --n 64 --rain small --steps 3000 -o model.pt",
+                          "train --backgrounds photos/ -o model.pt",
                           "the checkpoint, a .pt file")
     command.add_argument("--n", type=whole(1), default=64, metavar="N",
                          help="number of distinct background patches (default: 64)")

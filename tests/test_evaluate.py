@@ -202,6 +202,8 @@ def test_restore_of_a_folder_goes_on_where_it_stopped(call, bench, tmp_path):
     assert (out / "a.png").read_bytes() == b"mine" and (out / "b.jpg").exists()
     done = call("restore", model, photos, "-o", photos)
     assert done.returncode == 2 and "another folder" in done.stderr
+    done = call("restore", model, tmp_path / "none", "-o", out)
+    assert done.returncode == 2 and "no such photograph or folder" in done.stderr
     done = call("restore", model, photos, "-o", photos / "a.png")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     for file in [f for f in photos.rglob("*.*") if f.is_file()]:
