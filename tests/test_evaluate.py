@@ -218,3 +218,8 @@ def test_compare_shows_both(call, bench, tmp_path):
     assert call("restore", model, photo, "-o", tmp_path / "both.png", "--compare").returncode == 0
     both, alone, before = (np.asarray(Image.open(p)) for p in (tmp_path / "both.png", tmp_path / "alone.png", photo))
     assert np.array_equal(both, np.concatenate([before, alone], axis=1))
+
+
+def test_train_has_the_recommended_rain_and_the_main_job_its_own():
+    parse = derain.make_parser().parse_args
+    assert parse(["train", "-o", "a.pt"]).rain == "large" and parse([]).rain == "small"
