@@ -566,6 +566,38 @@ def load_images(path: str | Path | Iterable[str | Path], smallest: int = 1,
     return images
 
 
+# The words by which benchmarks call their rainy (first group) and their clean images.
+ROLE = re.compile(r"(?<![a-z])(?:(rainy?|input)|no[_ -]?rain|clean|target|gt|ground[_ -]?truth)"
+                  r"(?:[_ -]?images?)?(?![a-z])")
+
+
+def pair_files(folder: str | Path) -> tuple[list[tuple[Path, Path]], list[Path]]:
+    """The pairs (rainy, clean) of a benchmark as it is unpacked, sorted, and the images without a partner.
+
+    One rule for all layouts.  A word of ROLE tells a file's part: its folder's name (input/, target/), or
+    else one in its own (norain-001).  Without any it is clean, or rainy if it is a version of another (901_1
+    of 901).  Partners share a name, but for such words, suffix and case, and a folder, folders named by such
+    words left out.  Failing that, a version of the clean image will do.
+    """
+    def version_of(name: tuple[Path, str]) -> tuple[Path, str]:
+        return name[0], re.sub(r"_\d+$", "", name[1])
+
+    names, parts = {}, {}
+    for file in sorted(Path(folder).rglob("*")):
+        if file.suffix.lower() in SUFFIXES and file.name[0] != "." and file.is_file():
+            home, stem = file.relative_to(folder).parent, file.stem.lower()
+            named = ROLE.fullmatch(home.name.lower())
+            names[file] = home.parent if named else home, ROLE.sub("", stem).strip("-_ ")
+            parts[file] = named or ROLE.search(stem)
+    known = set(names.values())
+    rainy = {file: name for file, name in names.items()
+             if (parts[file][1] if parts[file] else name != version_of(name) in known)}
+    clean = {name: file for file, name in names.items() if file not in rainy}
+    partners = {file: clean.get(name) or clean.get(version_of(name)) for file, name in rainy.items()}
+    pairs = [(file, partner) for file, partner in partners.items() if partner]
+    return pairs, sorted(names.keys() - {file for pair in pairs for file in pair})
+
+
 def sample_patches(images: list[Tensor], n: int, size: int, rng: np.random.Generator) -> Tensor:
     """Cut n patches (n, 3, size, size) at random places, spread as evenly over the images as n allows.
 
@@ -1410,6 +1442,22 @@ def ssim(output: Tensor, clean: Tensor) -> float:
             / ((mean_x ** 2 + mean_y ** 2 + c1) * (variances + c2))).mean().item()
 
 
+def evaluate_pair(output: Tensor, rainy: Tensor, clean: Tensor) -> dict[str, float]:
+    """decoupled_evaluation of images (n, 3, h, w) in [0, 1] whose rain is known from rainy and clean alone.
+
+    R is rainy - clean, where above 0: what got darker is no rain.  Where a pair was compressed, as .jpg, the
+    traces of that count as rain if they are above RAIN_THRESHOLD in any channel.
+    Adds "psnr_y" and "ssim_y", the field's convention: measured on the luma of BT.601, not rounded.
+    """
+    def luma(images: Tensor) -> Tensor:  # from 16 / 255 to 235 / 255
+        weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64)
+        return (16 + torch.einsum("c,nchw->nhw", weights, images.double())[:, None]) / 255
+
+    y = luma(output), luma(clean)
+    return {**decoupled_evaluation(output, rainy, clean, (rainy - clean).clamp(min=0)),
+            "psnr_y": psnr(*y), "ssim_y": ssim(*y) if min(clean.shape[-2:]) >= 11 else math.nan}
+
+
 @torch.no_grad()
 def predict(network: nn.Module, images: Tensor) -> Tensor:
     """The network's output for images (n, 3, h, w), clipped to [0, 1]; 16 at a time, to bound the memory."""
@@ -1418,7 +1466,8 @@ def predict(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(chunk).clamp(0, 1).cpu() for chunk in chunks])
 
 
-def restore(network: nn.Module, image: Tensor, tile: int = 512, overlap: int = 48) -> Tensor:
+def restore(network: nn.Module, image: Tensor, tile: int = 512, overlap: int = 48,
+            quiet: bool = False) -> Tensor:
     """Restore one image (3, h, w) in [0, 1] of any size, by overlapping tiles, so that memory stays bounded.
 
     Near the inner edges of a tile the network misses what lies beyond.  So in the overlap of two tiles the
@@ -1438,7 +1487,8 @@ def restore(network: nn.Module, image: Tensor, tile: int = 512, overlap: int = 4
         strip = torch.empty(3, min(tile, image.shape[1] - top), image.shape[2])
         for left in lefts:
             lay(predict(network, image[None, :, top:top + tile, left:left + tile])[0], strip, 2, left)
-            progress.step()
+            if not quiet:
+                progress.step()
         lay(strip, output, 1, top)
     return output
 
@@ -2074,9 +2124,26 @@ def save_image(image: Tensor, path: Path, original: Path) -> None:
         profile = source.info.get("icc_profile") if source.mode in ("RGB", "RGBA", "L") else None
         if source.mode[0] in "1LIF":
             picture = picture.convert("L")
-    with writing(path) as temporary:
-        picture.save(temporary, quality=95, icc_profile=profile)
-    print(f"wrote {path}")
+    try:
+        with writing(path) as temporary:
+            picture.save(temporary, quality=95, icc_profile=profile)
+    except Exception as problem:  # encoders, too, fail in many ways
+        raise BadInput(f"{path} cannot be written: {problem}") from None
+
+
+def each(label: str, items: Iterable, work: Callable) -> int:
+    """work(item) for every item; one that fails is named, and the rest goes on. Returns how many failed."""
+    failed, progress = 0, Progress(label, len(items))
+    for item in items:
+        try:
+            work(item)
+        except (BadInput, OSError) as problem:
+            failed += 1
+            print(f"failed: {problem}", file=sys.stderr)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{progress.done} of {progress.total} were done") from None
+        progress.step()
+    return failed
 
 
 def pick_device(name: str) -> str:
@@ -2124,6 +2191,7 @@ def command_rain(args: argparse.Namespace) -> None:
           "direction {:.1f} degrees from vertical (above 0 leans like /)".format(
               args.range, args.seed, *factors[0].tolist()))
     save_image(add_rain(image[None], rain)[0], target, args.photo)
+    print(f"wrote {target}")
 
 
 def digest(images: Iterable[Tensor]) -> str:
@@ -2237,14 +2305,91 @@ def command_train(args: argparse.Namespace) -> None:
         print(f"mean loss of the last {len(losses[-100:])} steps: {np.mean(losses[-100:]):.4f}")
 
 
-def command_restore(args: argparse.Namespace) -> None:
-    target = check_output(args.output, SUFFIXES)
-    network, content = load_checkpoint(args.model)
+def load_trained(path: Path, device: str) -> nn.Module:
+    """A network that `train` wrote, ready for use; says so if its training is unfinished."""
+    network, content = load_checkpoint(path)
     if content["step"] < content["config"]["steps"]:
-        print(f"note: {args.model} is unfinished, at step {content['step']} of {content['config']['steps']}",
+        print(f"note: {path} is unfinished, at step {content['step']} of {content['config']['steps']}",
               file=sys.stderr)
-    image = open_image(args.photo)
-    save_image(restore(network.to(pick_device(args.device)), image), target, args.photo)
+    return network.to(device)
+
+
+def command_restore(args: argparse.Namespace) -> int:
+    network, folder = load_trained(args.model, pick_device(args.device)), args.photo.is_dir()
+    if not args.photo.exists():
+        raise BadInput(f"{args.photo}: no such photograph or folder")
+    target = check_output(args.output / "photo.png" if folder else args.output, SUFFIXES)
+
+    def work(photo: Path, target: Path = target) -> None:
+        image = open_image(photo)
+        output = restore(network, image, quiet=folder)
+        save_image(torch.cat([image, output], 2) if args.compare else output, target, photo)
+
+    if not folder:
+        work(args.photo)
+        print(f"wrote {target}")
+        return 0
+    output = args.output.resolve()
+    if args.photo.resolve().is_relative_to(output):
+        raise BadInput(f"{args.output} holds the photographs; name another folder for the output")
+    targets = {photo: args.output / photo.relative_to(args.photo) for photo in image_files(args.photo)
+               if not photo.resolve().is_relative_to(output)}
+    missing = [photo for photo, target in targets.items() if not target.exists()]
+    failed = each("restoring photographs", missing, lambda photo: work(photo, targets[photo]))
+    print(f"{args.output}: {len(missing) - failed} photographs restored, {len(targets) - len(missing)} there "
+          f"already, {failed} failed")
+    return 0 if not failed else 1 if failed < len(targets) else 2
+
+
+def command_evaluate(args: argparse.Namespace) -> int:
+    for output, suffix in ((args.csv, ".csv"), (args.save and args.save / "output.png", ".png")):
+        if output:
+            check_output(output, (suffix,))
+    if len({model.stem for model in args.models}) < len(args.models):
+        raise BadInput("two models have the same name, which is what tells them apart; rename one")
+    device = pick_device(args.device)
+    networks = {model.stem: load_trained(model, device) for model in args.models}
+    pairs, alone = pair_files(args.pairs)
+    if not pairs:
+        raise BadInput(f"{args.pairs}: no pairs of a rainy and a clean image, such as input/1.png and "
+                       "target/1.png, rainy/rain-1.png and norain-1.png, or 901_1.jpg and 901.jpg")
+    for file in alone:
+        print(f"failed: {file} has no partner", file=sys.stderr)
+    print(f"{len(pairs)} pairs; rain is rainy less clean; E_R and E_B in grey levels, PSNR in dB; "
+          "PSNR-Y and SSIM-Y on the luma of BT.601")
+    rows, failed = [], len(alone)
+
+    def work(pair: tuple[Path, Path]) -> None:
+        rainy, clean = map(open_image, pair)
+        if rainy.shape != clean.shape:
+            raise BadInput("{} is {}x{} pixels, {} {}x{}".format(
+                pair[0], *rainy.shape[:0:-1], pair[1], *clean.shape[:0:-1]))
+        name = pair[0].relative_to(args.pairs)
+        measured = []
+        for label, network in {"rainy input": None, **networks}.items():
+            output = restore(network, rainy, quiet=True) if network else rainy
+            if network and args.save:
+                save_image(output, args.save / label / name.with_suffix(".png"), pair[0])
+            numbers = evaluate_pair(output[None], rainy[None], clean[None])
+            measured.append({"file": str(name), "output": label, **numbers})
+        rows.extend(measured)
+
+    try:
+        failed += each("evaluating pairs", pairs, work)
+    finally:  # Ctrl-C, too, leaves what was finished
+        done, labels = len({row["file"] for row in rows}), ["rainy input", *networks]
+        for label in labels if rows else ():
+            mine = [list(row.values())[2:] for row in rows if row["output"] == label]
+            means = torch.tensor(mine, dtype=torch.float64).nanmean(0).tolist()
+            rows.append(dict(zip(rows[0], (f"mean of {done}", label, *means))))
+        print("   E_R  ideal    E_B   PSNR   SSIM PSNR-Y SSIM-Y" if rows else "nothing was measured")
+        for row in rows:
+            print("{E_R:6.1f} {E_R_ideal:6.1f} {E_B:6.1f} {psnr:6.2f} {ssim:6.3f} {psnr_y:6.2f} {ssim_y:6.3f}"
+                  "  {output:{width}}  {file}".format(**row, width=max(map(len, labels))))
+        if args.csv and rows:
+            save_table(rows, args.csv)
+            print(f"wrote {args.csv}")
+    return 0 if not failed else 1 if rows else 2
 
 
 def command_reproduce(args: argparse.Namespace) -> None:
@@ -2442,8 +2587,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("photo", type=Path, help="the photograph, of any size")
     command.add_argument("--range", choices=RAIN, default="medium", help="kind of rain (default: medium)")
     add_options(command, "--seed")
+    shared["--rain"]["default"] = "large"  # what shows the effect best is not what serves best
     command = add_command(command_train, "train a network and keep it",
-                          "train --backgrounds photos/ --n 64 --rain small --steps 3000 -o model.pt",
+                          "train --backgrounds photos/ -o model.pt",
                           "the checkpoint, a .pt file")
     command.add_argument("--n", type=whole(1), default=64, metavar="N",
                          help="number of distinct background patches (default: 64)")
@@ -2471,29 +2617,43 @@ def make_parser() -> argparse.ArgumentParser:
                               "has fewer seeds or steps than usual: runs/taste)")
     command.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
     add_options(command, "--backgrounds")
-    command = add_command(command_restore, "remove the rain from a photograph",
-                          "restore model.pt photo.jpg -o clean.png", "the restored photograph")
+    command = add_command(command_restore, "remove the rain from a photograph, or from every one in a folder",
+                          "restore model.pt photo.jpg -o clean.png",
+                          "the restored photograph; of a folder: a folder, where what exists stays")
     command.add_argument("model", type=Path, help="a checkpoint that `train` wrote")
-    command.add_argument("photo", type=Path, help="the photograph, of any size")
+    command.add_argument("photo", type=Path, help="the photograph, of any size, or a folder of them")
+    command.add_argument("--compare", action="store_true", help="write photograph and result side by side")
+    add_options(command, "--device")
+    command = add_command(command_evaluate, "measure networks on a benchmark's pairs of a rainy and a clean "
+                          "image: E_R, E_B, PSNR and SSIM, these also on the Y channel of BT.601",
+                          "evaluate model.pt other.pt --pairs Rain100L/ --csv rain100l.csv")
+    command.add_argument("models", type=Path, nargs="+", metavar="model", help="what `train` wrote")
+    command.add_argument("--pairs", type=Path, required=True, metavar="FOLDER",
+                         help="the benchmark as unpacked: input/ and target/, rainy/rain-1.png and "
+                              "norain-1.png, 901_1.jpg and 901.jpg, and the like")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write the table here, too")
+    command.add_argument("--save", type=Path, metavar="FOLDER", help="keep the outputs here, as .png")
     add_options(command, "--device")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command line; returns the exit status.
+
+    0: all done; 1: some files of many failed; 2: bad input, nothing was done; 130: Ctrl-C.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     args = make_parser().parse_args(words)
     try:
         if args.run is not command_headline and words[0].startswith("-"):
             raise BadInput("options belong behind the command, not before it")
-        args.run(args)
+        return args.run(args) or 0
     except (BadInput, OSError) as problem:
         print(f"derain.py: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\nstopped: {stop if stop.args else 'nothing was written'}", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

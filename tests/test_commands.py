@@ -178,7 +178,7 @@ def test_bad_input_in_a_real_process_shows_no_traceback(run, tmp_path):
     assert done.stderr.count("\n") == 1 and "no.pt" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "figures", "rain", "train", "restore"])
+@pytest.mark.parametrize("command", ["", "figures", "rain", "train", "restore", "evaluate"])
 def test_help_has_defaults_and_an_example(command, capsys):
     import derain
     with pytest.raises(SystemExit) as stop:
