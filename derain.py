@@ -161,7 +161,7 @@ STREAK_PEAK = (0.3, 0.8)  # every streak draws its peak brightness from this int
 def draw_factors(n: int, rain_range: RainRange, rng: np.random.Generator) -> Tensor:
     """Draw the factors of n images: (n, 4), the columns being quantity, width, length, direction.
 
-    All are drawn for each image by itself; so is the side that it leans to, if either_side.
+    All are drawn for each image by itself, column by column; at last the side it leans to, if either_side.
     """
     intervals = (rain_range.quantity, rain_range.width, rain_range.length, rain_range.direction)
     factors = np.stack([rng.uniform(low, high, n) for low, high in intervals], axis=1)
@@ -171,11 +171,12 @@ def draw_factors(n: int, rain_range: RainRange, rng: np.random.Generator) -> Ten
 
 
 def streak_kernel(width: float | Tensor, length: float | Tensor, direction: float | Tensor) -> Tensor:
-    """The picture of one streak: a straight line seen through a Gaussian blur, with 1 at its centre.
+    """The picture of one streak: a straight line of `length`, seen through a Gaussian blur, 1 at its centre.
 
     width, length: pixels at half brightness, above 0 (the Gaussian's sigma is width / 2.355). direction:
     degrees from vertical; positive turns the streak clockwise, so that it leans like "/". Three numbers
-    give (k, k); three tensors (n,) give (n, k, k).  k is odd, just large enough for all streaks.
+    give (k, k); three tensors (n,) give (n, k, k).  k is odd, and reaches length / 2 + 3 sigma to each side,
+    rounded up, for the largest of the streaks.
     """
     shape = (torch.as_tensor(v, dtype=torch.float32)[..., None, None] for v in (width, length, direction))
     width, length, direction = shape  # (1, 1) or (n, 1, 1)
@@ -977,7 +978,8 @@ class Codebook(nn.Module):
 
         Choosing the nearest has no gradient, so the quantized latent passes the gradient that it gets
         straight through to the latent.  The loss, mean((sg(z_q) - z)^2) + 0.25 mean((z_q - sg(z))^2) where sg
-        stops the gradient, draws latents to their codes and, more slowly, codes to their latents.
+        stops the gradient, draws latents to their codes and, more slowly, codes to their latents.  (The paper
+        has the factor on the other term; this is what its published code does.)
         """
         vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, d)
         codes = self.embedding.weight

@@ -126,6 +126,8 @@ class Grader:
 
     def __init__(self, module: Path, chosen: list[str], limit: float):
         self.module, self.chosen, self.limit = module, chosen, limit
+        self.files = {test.split("::")[0] for name in chosen for tests in ASSIGNMENTS[name]["functions"].values()
+                      for test in tests}  # of tests that are wanted; all, if empty
         self.met: set[str] = set()  # blanks that the running test ran into
         self.outcomes: dict[str, str] = {}  # key of a test: passed, failed, blocked or skipped
         self.blockers: dict[str, set[str]] = {}  # function: the tests that it blocks
@@ -142,7 +144,8 @@ class Grader:
         """Import the student's file as `derain`, and count the reference's tests; returns what went wrong."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
         collection = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(TESTS)],
+            [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
+             *(str(TESTS / name) for name in sorted(self.files) or [""])],
             stdout=subprocess.PIPE, text=True, cwd=TESTS.parent, env=environment)
         problem = import_problem(self.module, IMPORT_LIMIT)
         if not problem:
@@ -187,7 +190,8 @@ class Grader:
             return pytest.CollectReport(collector.nodeid, "failed", f"{self.module.name} calls sys.exit", [])
 
     def pytest_ignore_collect(self, collection_path):
-        return collection_path.name == "test_grader.py" or None  # it tests the grader, on the reference
+        name = collection_path.name  # test_grader.py tests the grader, on the reference
+        return name == "test_grader.py" or (name[:5] == "test_" and bool(self.files) and name not in self.files) or None
 
     def pytest_collection_modifyitems(self, config, items):
         if self.chosen:

@@ -23,7 +23,8 @@ ASSIGNMENTS = {
         "time": "an hour",
         "functions": {
             "streak_kernel": (
-                "test_rain.py::test_kernel_is_a_blurred_line", "test_rain.py::test_kernel_leans_like_a_slash",
+                "test_rain.py::test_kernel_is_a_blurred_line", "test_rain.py::test_kernel_has_one_at_its_centre",
+                "test_rain.py::test_kernel_leans_like_a_slash",
                 "test_rain.py::test_kernel_batch_equals_singles",
                 "test_rain.py::test_width_and_length_at_half_brightness"),
             "draw_factors": (
@@ -106,9 +107,9 @@ ASSIGNMENTS = {
         "functions": {
             "to_windows": ("test_networks.py::test_windows_are_cut_and_put_back",),
             "from_windows": ("test_networks.py::test_windows_are_cut_and_put_back",),
-            "shift_mask": ("test_networks.py::test_window_attention_is_that_of_a_loop_over_pixels[2]",),
+            "shift_mask": ("test_networks.py::test_window_attention_is_that_of_a_loop_over_pixels[shifted]",),
             "WindowAttention.forward": (
-                "test_networks.py::test_window_attention_is_that_of_a_loop_over_pixels[0]",),
+                "test_networks.py::test_window_attention_is_that_of_a_loop_over_pixels[plain]",),
             "SwinBlock.forward": (
                 "test_networks.py::test_window_attention_is_that_of_a_loop_over_pixels",
                 "test_networks.py::test_swinir_agrees_with_the_published_one",
@@ -119,8 +120,11 @@ ASSIGNMENTS = {
         "teaches": "vector quantization, the straight-through gradient, a codebook as a prior of clean images",
         "time": "a week",
         "functions": {
-            "ResidualBlock.forward": ("test_vqgan.py::test_vqgan_agrees_with_the_published_one",),
-            "PixelAttention.forward": ("test_vqgan.py::test_vqgan_agrees_with_the_published_one",),
+            "ResidualBlock.forward": (
+                "test_vqgan.py::test_a_residual_block_by_hand", "test_vqgan.py::test_vqgan_agrees_with_the_published_one"),
+            "PixelAttention.forward": (
+                "test_vqgan.py::test_attention_of_pixels_is_that_of_a_loop",
+                "test_vqgan.py::test_vqgan_agrees_with_the_published_one"),
             "Codebook.forward": (
                 "test_vqgan.py::test_quantization_is_the_nearest_neighbour",
                 "test_vqgan.py::test_gradients_of_quantization"),

@@ -293,7 +293,7 @@ def test_failed_blocked_and_full_marks(tmp_path):
     (tmp_path / "bob.py").write_text(wrong)
     done = grade(tmp_path / "bob.py", "--assignment", "rain,evaluation")
     lines = done.stdout.splitlines()
-    assert done.returncode == 1 and lines[-1] == "bob.py: rain 8/21, evaluation 10/10", done.stdout
+    assert done.returncode == 1 and lines[-1] == "bob.py: rain 9/22, evaluation 10/10", done.stdout
     assert "3 failed" in lines[-2] and "10 blocked" in lines[-2]
     assert "not written yet: streak_seeds" in done.stdout and "SystemExit" in done.stdout
     assert any(line.split() == ["streak_seeds", "0/2", "blocks", "10", "more"] for line in lines)

@@ -32,7 +32,7 @@ def test_swinir_loads_published_checkpoints_strictly(tiny):
         derain.SwinIR(**TINY).load_state_dict({**weights, "layers.9.norm.weight": torch.zeros(24)})
 
 
-@pytest.mark.parametrize("shift", (0, 2))
+@pytest.mark.parametrize("shift", (0, 2), ids=("plain", "shifted"))
 def test_window_attention_is_that_of_a_loop_over_pixels(shift):
     """Window 4 on an image of 8x12; each pixel attends to the pixels that no window edge separates from it."""
     window, heads, dim, h, w = 4, 2, 6, 8, 12

@@ -33,6 +33,13 @@ def test_kernel_is_a_blurred_line(width, length, direction):
     assert border.max() < 0.03  # nothing is cut off
 
 
+def test_kernel_has_one_at_its_centre():
+    """Also where it is short and wide, so that both blurred ends reach the middle."""
+    for width, length in ((5, 6), (1, 30), (4, 1)):
+        kernel = derain.streak_kernel(width, length, 30)
+        assert kernel.max() == pytest.approx(1) and kernel[len(kernel) // 2, len(kernel) // 2] == kernel.max()
+
+
 def test_kernel_leans_like_a_slash():
     kernel = derain.streak_kernel(2.0, 15.0, 30.0)
     upper, lower = kernel[:len(kernel) // 2 - 2], kernel[len(kernel) // 2 + 3:]
