@@ -2131,6 +2131,7 @@ def save_image(image: Tensor, path: Path, original: Path) -> None:
             picture.save(temporary, quality=95, icc_profile=profile)
     except Exception as problem:  # encoders, too, fail in many ways
         raise BadInput(f"{path} cannot be written: {problem}") from None
+    print(f"wrote {path}")
 
 
 def each(label: str, items: Iterable, work: Callable) -> int:
@@ -2193,7 +2194,6 @@ def command_rain(args: argparse.Namespace) -> None:
           "direction {:.1f} degrees from vertical (above 0 leans like /)".format(
               args.range, args.seed, *factors[0].tolist()))
     save_image(add_rain(image[None], rain)[0], target, args.photo)
-    print(f"wrote {target}")
 
 
 def digest(images: Iterable[Tensor]) -> str:
@@ -2329,7 +2329,6 @@ def command_restore(args: argparse.Namespace) -> int:
 
     if not folder:
         work(args.photo)
-        print(f"wrote {target}")
         return 0
     output = args.output.resolve()
     if args.photo.resolve().is_relative_to(output):

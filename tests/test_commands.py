@@ -188,7 +188,8 @@ def test_help_has_defaults_and_an_example(command, capsys):
 
 
 def test_import_is_quick_and_quiet():
-    code = "import time; t = time.perf_counter(); import derain; print(time.perf_counter() - t)"
+    """Under three seconds of computing (not of waiting: other programs may be running)."""
+    code = "import time; t = time.process_time(); import derain; print(time.process_time() - t)"
     seconds = [float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout)
                for _ in range(2)]
     assert min(seconds) < 3
