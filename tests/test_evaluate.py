@@ -158,7 +158,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(call, bench, tmp_path):
         (folder / "target" / f"{name}.png").write_bytes(b"")
     done = call("evaluate", model, "--pairs", folder, "--csv", tmp_path / "t.csv")
     assert done.returncode == 2 and not (tmp_path / "t.csv").exists()
-    for arguments, word in (((model, "--pairs", tmp_path / "none"), "no pairs"), ((model, model, "--pairs", pairs), "same name"),
+    for arguments, word in (((model, "--pairs", tmp_path / "none"), "no such folder"), ((model, model, "--pairs", pairs), "same name"),
                             ((model, "--pairs", pairs, "--csv", tmp_path / "t.txt"), ".csv")):
         done = call("evaluate", *arguments)
         assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
