@@ -89,7 +89,7 @@ def test_train_resume_restore(call, photos, tmp_path):
             assert after.format == {"x.jpg": "JPEG", "y.png": "PNG"}[output]
 
 
-def test_ctrl_c_and_resume_give_the_same_bytes(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_and_resume_give_the_same_bytes(small, tmp_path, monkeypatch, capsys):
     """Ctrl-C arrives in the middle of step 7 of 12; what it leaves leads to the bytes of a training without it."""
     import derain
     options = ["train", "--n", "4", "--steps", "12", "--seed", "1", "-o"]
@@ -195,7 +195,7 @@ def test_import_is_quick_and_quiet():
     assert min(seconds) < 3
 
 
-def test_an_unfinished_checkpoint_without_its_optimizer_is_refused(tmp_path, capsys):
+def test_an_unfinished_checkpoint_without_its_optimizer_is_refused(small, tmp_path, capsys):
     import derain
     import torch
     options = ["train", "--n", "4", "--steps", "2", "-o", str(tmp_path / "a.pt")]

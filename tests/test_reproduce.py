@@ -212,12 +212,14 @@ def test_every_claim_draws_its_figure(name, tmp_path):
         5 if name == "noise" else 3 for runs in claim.panels.values() for _ in runs)
 
 
-def test_what_a_run_leaves_and_what_the_prior_may_know(tmp_path):
+def test_what_a_run_leaves_and_what_the_prior_may_know(tmp_path, monkeypatch):
     """A VQGAN for all seeds of embedded images, one a seed for photographs, whose split is the seed's."""
     embedded, photographs = derain.Run(n=8, net="prior"), derain.Run(n=8, net="prior", images="photographs-x")
     for run, files in ((embedded, 1), (photographs, 3)):
         assert len({derain.prior_file(dataclasses.replace(run, seed=seed), tmp_path) for seed in range(3)}) == files
     images = [torch.rand(3, 130, 130) for _ in range(2)]
+    monkeypatch.setattr(derain, "GRID_PATCHES", 2)
+    monkeypatch.setattr(derain, "PRETRAINING_PATCHES", ((1, 40),))
     asked = []
     runs = [dataclasses.replace(embedded, seed=seed, steps=1) for seed in (1, 2)]
 
