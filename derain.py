@@ -2611,8 +2611,8 @@ def make_parser() -> argparse.ArgumentParser:
                 "--seed", "--device")
     command = add_command(command_vqgan, "pre-train the content prior, a VQGAN, on clean images",
                           "vqgan --backgrounds photos/ -o vqgan.pt", "the VQGAN, a .pt file")
-    command.add_argument("--steps", type=whole(1), default=4000, metavar="N",
-                         help="training steps (default: 4000)")
+    command.add_argument("--steps", type=whole(1), default=3500, metavar="N",
+                         help="training steps (default: 3500)")
     add_options(command, "--resume", "--backgrounds", "--category", "--seed", "--device")
     command = add_command(command_reproduce, "test the paper's claims: trainings, figures, tables, verdicts "
                           "(with two cores: torchrun --nproc_per_node=2 derain.py reproduce)",
