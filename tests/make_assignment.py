@@ -209,7 +209,14 @@ def main() -> int:
         fail(f"{args.output} is there already; move it away, or choose another name")
     except OSError as problem:
         fail(f"{args.output} cannot be written: {problem.strerror}")
+    # pytest takes the student.py of `--module student.py` for a place with tests, and looks beside it for what
+    # defines its options.
+    beside = args.output.parent / "conftest.py"
+    if not beside.exists():
+        beside.write_text(f"import sys\n\nsys.path.insert(0, {str(SOURCE.parent / 'tests')!r})\n"
+                          'pytest_plugins = ["grader"]\n')
     print(f"{args.output}: {len(names)} functions to write ({', '.join(names)})")
+    print(f"{beside}: tells pytest where the grader is")
     return 0
 
 

@@ -245,7 +245,7 @@ def test_the_command_that_makes_assignments(tmp_path):
                         (("rain", "-o", tmp_path / "student.py"), "already"), (("rain", "-o", tmp_path / "a" / "b.py"), "b.py")):
         refused = assign(*wrong)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and word in refused.stderr
-    assert [file.name for file in tmp_path.iterdir()] == ["student.py"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["conftest.py", "student.py"]
     assert (tmp_path / "student.py").read_text() == "a week's work"
 
 
@@ -283,11 +283,12 @@ def test_a_loop_is_stopped_even_if_it_catches_exceptions():
 
 def grade(module, *arguments):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run([sys.executable, "-m", "pytest", f"--module={module}", "-p", "no:cacheprovider", *arguments],
+    return subprocess.run([sys.executable, "-m", "pytest", "--module", module, "-p", "no:cacheprovider", *arguments],
                           cwd=ROOT, text=True, capture_output=True, timeout=120, env=environment)
 
 
 def test_a_crash_at_import_is_a_zero_with_a_reason(tmp_path):
+    assert assign("rain", "-o", tmp_path / "ann.py").returncode == 0  # its conftest.py is what pytest needs
     (tmp_path / "ann.py").write_text("import nothing_of_the_kind")
     done = grade(tmp_path / "ann.py")
     assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith("ann.py: 0, as it cannot be imported: ModuleNotF")
@@ -299,6 +300,7 @@ def test_failed_blocked_and_full_marks(tmp_path):
     student = blank(SOURCE.read_text(), ["streak_seeds"])
     wrong = student.replace("    return (background + rain).clamp(0, 1)\n", "    sys.exit(0)\n")
     assert wrong != student
+    assert assign("rain", "-o", tmp_path / "bob.py").returncode == 0
     (tmp_path / "bob.py").write_text(wrong)
     done = grade(tmp_path / "bob.py", "--assignment", "rain,evaluation")
     lines = done.stdout.splitlines()
