@@ -48,7 +48,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +64,10 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+
+# glibc gives freed memory back and asks for it again at every training step, a third of the time.  Once it has
+# seen a block of 30 MB come and go, it keeps as much.
+torch.empty(30 * 2 ** 18)
 
 # ==========================================================================================================
 # 0  Housekeeping: what does every program need that has nothing to do with rain?
@@ -598,6 +602,9 @@ def pair_files(folder: str | Path) -> tuple[list[tuple[Path, Path]], list[Path]]
     clean = {name: file for file, name in names.items() if file not in rainy}
     partners = {file: clean.get(name) or clean.get(version_of(name)) for file, name in rainy.items()}
     pairs = [(file, partner) for file, partner in partners.items() if partner]
+    if not pairs:
+        raise BadInput(f"{folder}: no pairs of a rainy and a clean image, such as input/1.png and "
+                       "target/1.png, rainy/rain-1.png and norain-1.png, or 901_1.jpg and 901.jpg")
     return pairs, sorted(names.keys() - {file for pair in pairs for file in pair})
 
 
@@ -845,9 +852,12 @@ class SwinIR(nn.Module):
 NETWORKS: dict[str, type[nn.Module]] = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR}
 
 
+RANDOM_STATE = threading.Lock()  # torch's own is shared by all threads
+
+
 def seeded(make: Callable[..., nn.Module], seed: int, **arguments) -> nn.Module:
     """make(**arguments), its weights drawn from `seed`; torch's own random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with RANDOM_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Channels-last keeps the channels of a pixel together in memory, which CPU convolutions prefer.
         return make(**arguments).to(memory_format=torch.channels_last)
@@ -1151,7 +1161,6 @@ def pretrain(training: Pretraining, images: list[Tensor], steps: int, seed: int 
     vqgan, critic, idle = training.vqgan, training.critic, training.idle
     optimizer = optimizer or training.optimizer()
     last, codes = vqgan.decoder.conv_out.weight, vqgan.quantize.embedding.weight
-    torch.empty(30 * 2 ** 18)  # as in train
     for step in range(start, steps):
         rng = stream(seed, "pretraining", step)
         n, side = PRETRAINING_PATCHES[step % len(PRETRAINING_PATCHES)]
@@ -1271,9 +1280,6 @@ def train(network: nn.Module, backgrounds: Tensor, degrade: Degradation, steps: 
     """
     device = next(network.parameters()).device
     optimizer = optimizer or make_optimizer(network)
-    # glibc gives freed memory back and asks for it again at every step, a third of the time.  Once it has
-    # seen a block of 30 MB come and go, it keeps as much.
-    torch.empty(30 * 2 ** 18)
     losses = []
     for step in range(start, steps):
         rng = stream(seed, "training", step)
@@ -1506,14 +1512,17 @@ def restore(network: nn.Module, image: Tensor, tile: int = 512, overlap: int = 4
 # ==========================================================================================================
 # 7  Experiments: which of the paper's claims hold here?
 #
-# The first claim: the same network, trained for the same number of steps on few and on many backgrounds, then
-# asked to remove rain of the kind that it was trained on, and rain that it never saw.
+# An experiment is a training and its tests.  A `Run` says all that its result depends on; `measure` does what
+# it says.  To test a claim is to compare runs that differ in one thing only, with several seeds.
 # ==========================================================================================================
 
 IMAGE = 256  # side of an embedded background, pixels
 TRAINING_IMAGES, HELD_OUT_IMAGES = 64, 16  # embedded ones; photographs are split 3 : 1
-TEST_PATCHES, TEST_PATCH = 48, 128  # number and side of the patches that networks are tested on
 PHOTO_PIXELS = 40e6  # photographs are cut to this many pixels in all, which take 480 MB
+TEST_PATCHES, TEST_PATCH = 48, 128  # number and side of the patches that networks are tested on
+GRID_PATCHES, GRID_PATCH = 32, 96  # the same for the many runs of the grid, below
+NUMBERS = (2, 8, 64, 1024)  # of training backgrounds
+STEPS = 800  # of a run of the grid
 
 
 def training_and_held_out(paths: list[str] | None, category: str,
@@ -1538,75 +1547,132 @@ def training_and_held_out(paths: list[str] | None, category: str,
     return [images[i] for i in order[held_out:]], [images[i] for i in order[:held_out]]
 
 
-def train_in_parallel(networks: list[nn.Module], backgrounds: list[Tensor], degrade: Degradation, steps: int,
-                      seed: int) -> None:
-    """Train several networks in place, each on backgrounds of its own and in a thread of its own.
+@dataclass(frozen=True)
+class Run:
+    """One training and its tests: everything that the result depends on."""
 
-    Small networks cannot keep several cores busy; two trainings side by side, a core each, can.
+    n: int  # number of backgrounds
+    net: str = "resnet"
+    arguments: tuple[tuple[str, int], ...] = ()  # of the network
+    images: str = "faces"  # one of BACKGROUNDS, "all", or photographs (with a digest of what is in them)
+    sharpness: str = "any"  # or low, middle, high: which third of the patches
+    trained_on: str = "small"
+    steps: int = STEPS
+    seed: int = 0
+    device: str = "cpu"
+
+    def file(self, folder: Path) -> Path:
+        """Where the grid keeps the result."""
+        words = [self.net, *(f"{key}{value}" for key, value in self.arguments), self.images, self.sharpness,
+                 f"n{self.n}", self.trained_on, f"steps{self.steps}", f"seed{self.seed}", self.device]
+        return folder / f"{'_'.join(words)}.json"
+
+    def row(self) -> dict:
+        """The run as the first columns of a table."""
+        return {**asdict(self), "arguments": " ".join(f"{key}={value}" for key, value in self.arguments)}
+
+
+def training_patches(run: Run, images: list[Tensor]) -> Tensor:
+    """The run's n backgrounds: the first of many, or, of 3n sorted by sharpness, the n of a third.
+
+    Patches of side PATCH from stream(seed, "patches"); "many" is NUMBERS[-1], or n if that is more.
     """
-    progress, stopped = Progress("training", len(networks) * steps), threading.Event()
+    pool = 3 * run.n if run.sharpness != "any" else max(run.n, NUMBERS[-1])
+    patches = sample_patches(images, pool, PATCH, stream(run.seed, "patches"))
+    if run.sharpness != "any":
+        patches = patches[sharpness(patches).argsort()]
+    first = {"any": 0, "low": 0, "middle": run.n, "high": 2 * run.n}[run.sharpness]
+    return patches[first:first + run.n]
 
-    def after_step(step: int, loss: float) -> None:
+
+def measure(run: Run, training: list[Tensor], held_out: list[Tensor], vqgan: VQGAN | None = None,
+            patches: tuple[int, int] = (GRID_PATCHES, GRID_PATCH),
+            after_step: Callable[[int, float], None] | None = None) -> tuple[list[dict], dict[str, dict]]:
+    """Train as `run` says, and test on patches (number, side) held out, first of all in the unseen.
+
+    vqgan: for the prior.  Returns a row {"tested_on", "E_R", ...} for each kind of degradation, and for each
+    kind its images (n, 3, h, w) {"degraded", "output", "clean"} and its "residual" (see Degradation).
+    """
+    arguments = {"vqgan": vqgan} if run.net == "prior" else dict(run.arguments)
+    network = build_network(run.net, run.seed, **arguments).to(run.device)
+    train(network, training_patches(run, training), degradation(run.trained_on), run.steps, run.seed,
+          after_step=after_step)
+    clean, rows, tests = sample_patches(held_out, *patches, stream(run.seed, "test patches")), [], {}
+    for kind in tuple(NOISE) if run.trained_on in NOISE else ("unseen", "strokes", run.trained_on):
+        degraded, residual = degradation(kind)(clean, stream(run.seed, "test", kind))
+        output = predict(network, degraded)
+        if kind in NOISE and kind != "salt-and-pepper":
+            measured = dense_evaluation(output, degraded, clean)
+        else:
+            measured = decoupled_evaluation(output, degraded, clean, residual.abs())
+        rows.append({"tested_on": kind, **measured})
+        tests[kind] = {"degraded": degraded, "output": output, "clean": clean, "residual": residual}
+    return rows, tests
+
+
+# The first claim: the same network, trained for the same number of steps on few and on many backgrounds, then
+# asked to remove rain that it never saw, and rain of the kind that it was trained on.
+
+def few_against_many(few: Run, many: Run, training: list[Tensor], held_out: list[Tensor],
+                     vqgan: VQGAN | None = None) -> tuple[list[dict], dict[str, dict[str, Tensor]]]:
+    """Measure two runs side by side, each in a thread of its own.
+
+    (Small networks cannot keep several cores busy; two trainings, a core each, can.)  If the runs differ in n
+    only, the few backgrounds are among the many, and both networks start from the same weights.  Returns a
+    row for each kind of test and each "output": "rainy" (the input), "few", "many"; and for each kind of test
+    the images of that name, "clean", and "rain".
+    """
+    progress, stopped = Progress("training", few.steps + many.steps), threading.Event()
+
+    def after_step(*_) -> None:
         progress.step()
         if stopped.is_set():
             raise KeyboardInterrupt
 
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(len(networks), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    threads, patches = torch.get_num_threads(), (TEST_PATCHES, TEST_PATCH)
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            jobs = [pool.submit(train, network, patches, degrade, steps, seed, after_step=after_step)
-                    for network, patches in zip(networks, backgrounds)]
-            for job in jobs:
-                job.result()
+            measured = list(pool.map(lambda run: measure(run, training, held_out, vqgan, patches, after_step),
+                                     (few, many)))
         finally:
             stopped.set()
             torch.set_num_threads(threads)
-
-
-def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int, many: int, steps: int,
-                     seed: int, rain: str = "small", device: str = "cpu", net: str = "resnet",
-                     **arguments) -> tuple[list[dict], dict]:
-    """Train a network on few and on many backgrounds in one rain; test both on unseen rain and on that rain.
-
-    The few are among the many; both networks start from the same weights.  Returns the table, a row for
-    each test rain and each of the rainy input and the two outputs; and for each test rain its images:
-    "rainy", "few", "many" (the outputs), "clean" (TEST_PATCHES, 3, TEST_PATCH, TEST_PATCH) and "rain" (one
-    channel).
-    """
-    patches = sample_patches(training, many, PATCH, stream(seed, "patches"))
-    networks = [build_network(net, seed, **arguments).to(device) for _ in range(2)]
-    train_in_parallel(networks, [patches[:few], patches], rain_degradation(RAIN[rain]), steps, seed)
-    clean = sample_patches(held_out, TEST_PATCHES, TEST_PATCH, stream(seed, "test patches"))
     rows, pictures = [], {}
-    for tested in ("unseen", rain):
-        rainy, layer = rain_degradation(RAIN[tested])(clean, stream(seed, "test rain", tested))
-        outputs = {"rainy": rainy, "few": predict(networks[0], rainy), "many": predict(networks[1], rainy)}
-        for name, n in (("rainy", 0), ("few", few), ("many", many)):
-            rows.append({"net": net, "tested_on": tested, "output": name, "backgrounds": n,
-                         "trained_on": rain, "steps": steps, "seed": seed,
-                         **decoupled_evaluation(outputs[name], rainy, clean, layer)})
-        pictures[tested] = {**outputs, "clean": clean, "rain": layer}
+    for (kind, test), *found in zip(measured[0][1].items(), measured[0][0], measured[1][0]):
+        rainy, clean, rain = test["degraded"], test["clean"], test["residual"]
+        untouched = {"tested_on": kind, **decoupled_evaluation(rainy, rainy, clean, rain)}
+        rows += [{"output": output, **run.row(), **numbers} for output, run, numbers in zip(
+            ("rainy", "few", "many"), (replace(few, n=0), few, many), (untouched, *found))]
+        pictures[kind] = {"rainy": rainy, "few": test["output"], "many": measured[1][1][kind]["output"],
+                          "clean": clean, "rain": rain}
     return rows, pictures
+
+
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    """Rows as text: a column for each key, in its format; words (no format) are set to the left."""
+    lines = [dict(zip(columns, columns))]
+    lines += [{key: format(row[key], form) for key, form in columns.items()} for row in rows]
+    width = {key: max(len(line[key]) for line in lines) for key in columns}
+    return "\n".join("  ".join(line[key].rjust(width[key]) if form else line[key].ljust(width[key])
+                               for key, form in columns.items()).rstrip() for line in lines)
 
 
 def describe(rows: list[dict]) -> str:
     """The table of few_against_many as text, and one sentence that follows from its numbers."""
-    lines = [f"{'rain':8}{'output of':>24}{'E_R':>8}{'ideal':>8}{'E_B':>8}{'PSNR dB':>10}{'SSIM':>8}"]
-    for row in rows:
-        name = "(the rainy input)" if row["output"] == "rainy" else f"{row['backgrounds']} backgrounds"
-        lines.append("{:8}{:>24}{:8.1f}{:8.1f}{:8.1f}{:10.2f}{:8.3f}".format(
-            row["tested_on"], name, *(row[key] for key in ("E_R", "E_R_ideal", "E_B", "psnr", "ssim"))))
-    _, few, many, _, few_seen, many_seen = rows
+    few, many, few_seen, many_seen = (
+        next(row for row in rows if (row["tested_on"], row["output"]) == (rain, output))
+        for rain in ("unseen", rows[0]["trained_on"]) for output in ("few", "many"))
     gap = few["E_R"] - many["E_R"]
     better = "about as much" if abs(gap) < 2 else "more" if gap > 0 else "less"
     pick = "few" if few_seen["psnr"] > many_seen["psnr"] else "many"
-    lines.append(
-        f"\nTrained on {few['backgrounds']} backgrounds instead of {many['backgrounds']}, the network "
-        f"removes {better} of the rain that it never saw:\nE_R {few['E_R']:.1f} against {many['E_R']:.1f} "
-        f"(ideal {few['E_R_ideal']:.1f}), at E_B {few['E_B']:.1f} against {many['E_B']:.1f}.\nA benchmark on "
-        f"the training rain would have picked the one with {pick}: PSNR {few_seen['psnr']:.1f} against "
+    columns = {"tested_on": "", "output": "", "n": "d", "E_R": ".1f", "E_R_ideal": ".1f", "E_B": ".1f",
+               "psnr": ".2f", "ssim": ".3f"}
+    return table(rows, columns) + (
+        f"\n\nTrained on {few['n']} backgrounds instead of {many['n']}, the network removes {better} of the "
+        f"rain that it never saw:\nE_R {few['E_R']:.1f} against {many['E_R']:.1f} (ideal "
+        f"{few['E_R_ideal']:.1f}), at E_B {few['E_B']:.1f} against {many['E_B']:.1f}.\nA benchmark on the "
+        f"training rain would have picked the one with {pick}: PSNR {few_seen['psnr']:.1f} against "
         f"{many_seen['psnr']:.1f} dB.")
-    return "\n".join(lines)
 
 
 def show(axes, picture: Tensor, title: str = "", **options):
@@ -1617,59 +1683,46 @@ def show(axes, picture: Tensor, title: str = "", **options):
     return axes.imshow(picture, interpolation="nearest", **{"cmap": "gray", "vmin": 0, "vmax": 1, **options})
 
 
-def typical_image(tested: dict[str, Tensor]) -> int:
-    """Which tested image to show, unbiased: the one whose gap in E_R, few minus many, is the median."""
-    mask = rain_mask(tested["rain"])
-
-    def e_r(name: str) -> Tensor:  # (n,), of each image by itself
-        change = (tested[name] - tested["rainy"]).square() * mask
-        return (change.sum((1, 2, 3)) / mask.sum((1, 2, 3))).sqrt()
-
-    return int((e_r("few") - e_r("many")).argsort()[len(mask) // 2])
-
-
 def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) -> Figure:
-    """One held-out image in unseen and in training rain: rainy, output of few, of many, clean, mask."""
+    """The first held-out image in unseen and in training rain: rainy, output of few, of many, clean, mask."""
     figure = Figure(figsize=(11.5, 5.5), layout="constrained")
-    index = typical_image(pictures["unseen"])
-    titles = {"rainy": "rainy input", "few": f"trained on {rows[1]['backgrounds']} backgrounds",
-              "many": f"trained on {rows[2]['backgrounds']} backgrounds", "clean": "clean",
+    titles = {"rainy": "rainy input", "few": f"trained on {rows[1]['n']} backgrounds",
+              "many": f"trained on {rows[2]['n']} backgrounds", "clean": "clean",
               "mask": "mask: where it rains"}
-    for line, (rain, tested) in zip(figure.subplots(2, 5), pictures.items()):
+    for line, rain in zip(figure.subplots(2, 5), ("unseen", rows[0]["trained_on"])):
         measured = {row["output"]: row for row in rows if row["tested_on"] == rain}
-        images = {**tested, "mask": rain_mask(tested["rain"]).float().expand_as(tested["clean"])}
+        images = {**pictures[rain], "mask": rain_mask(pictures[rain]["rain"]).float()}
         for axes, (name, title) in zip(line, titles.items()):
-            show(axes, images[name][index], title if rain == "unseen" else "")
+            show(axes, images[name][0].squeeze(0), title if rain == "unseen" else "")
             if name in ("few", "many"):
                 axes.set_xlabel("E_R {E_R:.0f} of {E_R_ideal:.0f},  E_B {E_B:.0f}".format(**measured[name]))
         line[0].set_ylabel("unseen rain" if rain == "unseen" else "rain as in training", fontsize=11)
     figure.suptitle("E_R: rain removed; higher is better, up to the ideal.  E_B: background broken; lower is "
-                    "better.\n"
-                    "(grey levels, over the whole test set)", fontsize=10)
+                    "better.\n(grey levels, over the whole test set)", fontsize=10)
     return figure
 
 
 def figure_decoupled(tested: dict[str, Tensor]) -> tuple[Figure, list[dict]]:
-    """E_R and E_B explained on one tested image of few_against_many, and the numbers shown."""
-    index = typical_image(tested)
-    output, rainy, clean, rain = (tested[k][index:index + 1] for k in ("few", "rainy", "clean", "rain"))
+    """E_R and E_B explained on the first image that few_against_many tested, and the numbers shown."""
+    output, rainy, clean, rain = (tested[key][:1] for key in ("few", "rainy", "clean", "rain"))
     measured = decoupled_evaluation(output, rainy, clean, rain)
     mask = rain_mask(rain)[0, 0]
     changed, broken = (255 * (output - other)[0].square().mean(0).sqrt() for other in (rainy, clean))
     figure = Figure(figsize=(12, 3.0), layout="constrained")
     axes = figure.subplots(1, 5)
-    show(axes[0], rainy[0], "rainy input")
-    show(axes[1], mask.float(), "mask: where it rains")
-    show(axes[2], output[0], "output of a network")
-    colours = {"cmap": "viridis", "vmin": 0, "vmax": 100}
-    for either in axes[3:]:
-        either.set_facecolor("0.8")  # where there is no number
-    show(axes[3], torch.where(mask, changed, math.nan), "changed, on the mask", **colours)
-    axes[3].set_xlabel("root mean square: E_R {E_R:.0f}\n(perfect: {E_R_ideal:.0f})".format(**measured))
-    handle = show(axes[4], torch.where(mask, math.nan, broken), "broken, off the mask", **colours)
-    axes[4].set_xlabel("root mean square: E_B {E_B:.0f}\n(perfect: 0)".format(**measured))
+    for left, picture, title in zip(axes, (rainy[0], mask.float(), output[0]), (
+            "rainy input", "mask: where it rains", "output of a network")):
+        show(left, picture, title)
+    for right, values, title, label in (
+            (axes[3], torch.where(mask, changed, math.nan), "changed, on the mask",
+             "root mean square: E_R {E_R:.0f}\n(perfect: {E_R_ideal:.0f})"),
+            (axes[4], torch.where(mask, math.nan, broken), "broken, off the mask",
+             "root mean square: E_B {E_B:.0f}\n(perfect: 0)")):
+        right.set_facecolor("0.8")  # where there is no number
+        handle = show(right, values, title, cmap="viridis", vmax=100)
+        right.set_xlabel(label.format(**measured))
     figure.colorbar(handle, ax=axes[3:], label="grey levels", shrink=0.8)
-    return figure, [{"image": index, **measured}]
+    return figure, [measured]
 
 
 def figure_rain(seed: int = 0) -> tuple[Figure, list[dict]]:
@@ -1725,8 +1778,8 @@ def figure_backgrounds(seed: int = 0) -> tuple[Figure, list[dict]]:
     return figure, rows
 
 
-# The other claims are many such trainings: a grid.  A `Run` says all that one result depends on, so that
-# claims can share runs, and a grid that was stopped can go on.  A `Claim` says which runs to compare.
+# The other claims are many such trainings: a grid.  As a `Run` says all that its result depends on, claims
+# can share runs, and a grid that was stopped can go on.  A `Claim` says which runs to compare.
 #
 # Chosen before any effect was looked at: five seeds, because a verdict needs them all to agree.  8 and 1,024
 # backgrounds, as in the main job; 2, to see the background break; 64, in between, also for each third by
@@ -1734,32 +1787,9 @@ def figure_backgrounds(seed: int = 0) -> tuple[Figure, list[dict]]:
 # the whole grid then takes an hour on two slow cores.  Quick: what ten minutes of one core allow.
 # (Results are kept under the name of their Run.  Whoever changes more than that should delete runs/.)
 
-NUMBERS = (2, 8, 64, 1024)  # of backgrounds
 PRETRAINING = 5  # steps of pre-training a VQGAN for each step of training a network
-SEEDS, STEPS = 5, 800
+SEEDS = 5
 QUICK_SEEDS, QUICK_STEPS = 2, 120
-GRID_PATCHES, GRID_PATCH = 32, 96  # number and side of the test patches
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training and its tests: everything that the result depends on."""
-
-    n: int  # number of backgrounds
-    net: str = "resnet"
-    arguments: tuple[tuple[str, int], ...] = ()  # of the network
-    images: str = "faces"  # one of BACKGROUNDS, or photographs with a digest of what is in them
-    sharpness: str = "any"  # or low, middle, high: which third of the patches
-    trained_on: str = "small"
-    steps: int = STEPS
-    seed: int = 0
-    device: str = "cpu"
-
-    def file(self, folder: Path) -> Path:
-        """Where the result is kept."""
-        words = [self.net, *(f"{key}{value}" for key, value in self.arguments), self.images, self.sharpness,
-                 f"n{self.n}", self.trained_on, f"steps{self.steps}", f"seed{self.seed}", self.device]
-        return folder / f"{'_'.join(words)}.json"
 
 
 @dataclass(frozen=True)
@@ -1849,19 +1879,6 @@ def adapt(claim: Claim, images: str | None, steps: int, quick: bool, device: str
     return replace(claim, panels=panels)
 
 
-def training_patches(run: Run, images: list[Tensor]) -> Tensor:
-    """The run's n backgrounds: the first of many, or, of 3n sorted by sharpness, the n of a third.
-
-    Patches of side PATCH from stream(seed, "patches"); "many" is NUMBERS[-1], or n if that is more.
-    """
-    pool = 3 * run.n if run.sharpness != "any" else max(run.n, NUMBERS[-1])
-    patches = sample_patches(images, pool, PATCH, stream(run.seed, "patches"))
-    if run.sharpness != "any":
-        patches = patches[sharpness(patches).argsort()]
-    first = {"any": 0, "low": 0, "middle": run.n, "high": 2 * run.n}[run.sharpness]
-    return patches[first:first + run.n]
-
-
 def prior_file(run: Run, folder: Path) -> Path:
     """Where the VQGAN of a run of the prior is kept; one serves all seeds.
 
@@ -1869,32 +1886,6 @@ def prior_file(run: Run, folder: Path) -> Path:
     """
     seed = 0 if run.images in BACKGROUNDS else run.seed
     return folder / f"vqgan_{run.images}_steps{PRETRAINING * run.steps}_seed{seed}_{run.device}.pt"
-
-
-def measure(run: Run, training: list[Tensor], held_out: list[Tensor], vqgan: VQGAN | None = None,
-            after_step: Callable[[int, float], None] | None = None) -> tuple[list[dict], Tensor]:
-    """Train and test as `run` says.
-
-    Returns a row {"tested_on", "E_R", ...} for each kind of degradation tested; and for the first of them
-    three images side by side, (3, h, 3 h): degraded, output, clean.
-    """
-    arguments = {"vqgan": vqgan} if run.net == "prior" else dict(run.arguments)
-    network = build_network(run.net, run.seed, **arguments).to(run.device)
-    train(network, training_patches(run, training), degradation(run.trained_on), run.steps, run.seed,
-          after_step=after_step)
-    clean, rows = sample_patches(held_out, GRID_PATCHES, GRID_PATCH, stream(run.seed, "test patches")), []
-    kinds = tuple(NOISE) if run.trained_on in NOISE else ("unseen", "strokes", run.trained_on)
-    for tested in kinds:
-        degraded, residual = degradation(tested)(clean, stream(run.seed, "test", tested))
-        output = predict(network, degraded)
-        if tested in NOISE and tested != "salt-and-pepper":
-            measured = dense_evaluation(output, degraded, clean)
-        else:
-            measured = decoupled_evaluation(output, degraded, clean, residual.abs())
-        rows.append({"tested_on": tested, **measured})
-    clean = sample_patches(held_out, 1, TEST_PATCH, stream(run.seed, "picture"))
-    degraded, _ = degradation(kinds[0])(clean, stream(run.seed, "picture", kinds[0]))
-    return rows, torch.cat([degraded, predict(network, degraded), clean], dim=-1)[0]
 
 
 def reconstruction(vqgan: VQGAN, clean: Tensor) -> tuple[float, int]:
@@ -1974,8 +1965,8 @@ def claim_rows(claim: Claim, seeds: int, folder: Path) -> list[dict]:
     """Everything measured for a claim: a row for each panel, run, seed and kind of test."""
     runs = [(label, replace(run, seed=seed)) for label, panel in claim.panels.items() for run in panel
             for seed in range(seeds)]
-    return [{"panel": label, **asdict(run), "arguments": " ".join(f"{k}={v}" for k, v in run.arguments),
-             **row} for label, run in runs for row in read_result(run.file(folder))]
+    return [{"panel": label, **run.row(), **row} for label, run in runs
+            for row in read_result(run.file(folder))]
 
 
 def figure_claim(claim: Claim, seeds: int, folder: Path) -> Figure:
@@ -2108,10 +2099,10 @@ def check_output(path: Path, suffixes: Iterable[str]) -> Path:
 def save_table(rows: list[dict], path: Path) -> None:
     """Write rows as a .csv file."""
     with writing(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
+        lines = csv.DictWriter(file, rows[0], lineterminator="\n")
+        lines.writeheader()
         for row in rows:
-            table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            lines.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def save_figure(figure: Figure, rows: list[dict], path: Path) -> None:
@@ -2172,18 +2163,25 @@ def pick_device(name: str) -> str:
         raise BadInput(f"there is no device {name} here; try --device cpu") from None
 
 
+def pick_vqgan(args: argparse.Namespace) -> VQGAN | None:
+    """The VQGAN that --net prior needs, and no other network."""
+    if (args.net == "prior") != bool(args.vqgan):
+        raise BadInput("--net prior and --vqgan FILE go together; `python derain.py vqgan` makes the file")
+    return load_vqgan(args.vqgan) if args.vqgan else None
+
+
 def command_headline(args: argparse.Namespace) -> None:
     if args.few >= args.many:
         raise BadInput(f"--few {args.few} should be less than --many {args.many}")
     device, target = pick_device(args.device), check_output(args.out / "headline.png", (".png",))
-    arguments = network_arguments(args)
+    vqgan = pick_vqgan(args)
     training, held_out = training_and_held_out(args.backgrounds, args.category, args.seed)
     what = "photographs" if args.backgrounds else f"embedded images ({args.category})"
     print(f"{what}: {len(training)} to cut training patches from, {len(held_out)} held out; "
           f"{args.net}, {args.steps} steps in {args.rain} rain, seed {args.seed}, {device}")
-    rows, pictures = few_against_many(training, held_out, args.few, args.many, args.steps, args.seed,
-                                      args.rain, device, args.net, **arguments)
-    rows = [{"images": "photographs" if args.backgrounds else args.category, **row} for row in rows]
+    few = Run(args.few, args.net, images="photographs" if args.backgrounds else args.category,
+              trained_on=args.rain, steps=args.steps, seed=args.seed, device=device)
+    rows, pictures = few_against_many(few, replace(few, n=args.many), training, held_out, vqgan)
     print(f"\n{describe(rows)}\n")
     save_figure(figure_headline(rows, pictures), rows, target)
     save_figure(*figure_decoupled(pictures["unseen"]), args.out / "decoupled.png")
@@ -2222,25 +2220,23 @@ def keep_training(target: Path, resume: bool, network: nn.Module, optimizer: tor
     work(start, after_step) trains, and calls after_step(steps done, note) between steps.  With `resume`, it
     is an error if there is nothing to go on with, and nothing is done to a training that is complete.
     """
-    start, steps, networks = 0, config["steps"], {**NETWORKS, "vqgan": Pretraining}
+    start, steps, content = 0, config["steps"], {}
     try:
-        saved, content = load_checkpoint(target, networks)
-        stopped = "optimizer" in content
+        saved, content = load_checkpoint(target, {**NETWORKS, "vqgan": Pretraining})
     except BadInput:
         if resume:
             raise
-        stopped = False
-    if resume or stopped:
+    if resume or "optimizer" in content:
         for key, value in config.items():
             if content["config"].get(key) != value:
                 raise BadInput(f"{target} was trained with {key} {content['config'].get(key)}, not {value}; "
                                "repeat the options of then, or delete it to begin anew")
         start = content["step"]
-        network.load_state_dict(saved.state_dict())
         if start == steps:
             print(f"{target} is complete: all {start} steps are done")
             return
         try:
+            network.load_state_dict(saved.state_dict())
             optimizer.load_state_dict(content["optimizer"])
         except Exception:
             raise BadInput(f"{target} lacks the optimizer's state; delete it to begin anew") from None
@@ -2252,11 +2248,9 @@ def keep_training(target: Path, resume: bool, network: nn.Module, optimizer: tor
         if step < steps and (interrupted.is_set() or step % 500 == 0):
             save_checkpoint(target, network, config, step, optimizer)
             if interrupted.is_set():
-                raise KeyboardInterrupt(f"{step} of {steps} steps are in {target}; the same command "
-                                        "goes on")
+                raise KeyboardInterrupt(f"{step} of {steps} steps are in {target}; the same command goes on")
 
-    # Ctrl-C within a step would leave weights that no uninterrupted training ever has, so it waits for the
-    # end.
+    # Ctrl-C in the middle of a step would leave weights that no uninterrupted training ever has: let it wait.
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
         work(start, after_step)
@@ -2287,35 +2281,21 @@ def command_vqgan(args: argparse.Namespace) -> None:
     print(f"held-out images: reconstructed at {quality:.1f} dB, with {used} of {PRIOR['n_embed']} codes")
 
 
-def network_arguments(args: argparse.Namespace) -> dict:
-    """What the network asked for needs to be built: the prior a VQGAN, the others nothing."""
-    if (args.net == "prior") != bool(args.vqgan):
-        raise BadInput("--net prior and --vqgan FILE go together; `python derain.py vqgan` makes the file")
-    return {"vqgan": load_vqgan(args.vqgan)} if args.vqgan else {}
-
-
 def command_train(args: argparse.Namespace) -> None:
-    device, target = pick_device(args.device), check_output(args.output, (".pt",))
-    arguments = network_arguments(args)
+    device, target, vqgan = pick_device(args.device), check_output(args.output, (".pt",)), pick_vqgan(args)
     if args.backgrounds:
         images = load_images(args.backgrounds, smallest=PATCH, pixels=PHOTO_PIXELS)
     else:
         images, _ = training_and_held_out(None, args.category, args.seed)
     patches = sample_patches(images, args.n, PATCH, stream(args.seed, "patches"))
-    plain = {name: vqgan_arguments(vqgan.state_dict()) for name, vqgan in arguments.items()}
-    config = {"net": args.net, "arguments": plain, "n": args.n, "rain": args.rain, "steps": args.steps,
-              "seed": args.seed, "backgrounds": digest(patches)}
-    network = build_network(args.net, args.seed, **arguments).to(device)
-    optimizer, losses = make_optimizer(network), []
-
-    def work(start: int, after_step: Callable[[int, str], None]) -> None:
-        losses.extend(train(network, patches, rain_degradation(RAIN[args.rain]), args.steps, args.seed,
-                            start=start, optimizer=optimizer,
-                            after_step=lambda step, loss: after_step(step, f", loss {loss:.4f}")))
-
-    keep_training(target, args.resume, network, optimizer, config, work)
-    if losses:
-        print(f"mean loss of the last {len(losses[-100:])} steps: {np.mean(losses[-100:]):.4f}")
+    config = {"net": args.net, "arguments": {"vqgan": vqgan_arguments(vqgan.state_dict())} if vqgan else {},
+              "n": args.n, "rain": args.rain, "steps": args.steps, "seed": args.seed,
+              "backgrounds": digest(patches)}
+    network = build_network(args.net, args.seed, **({"vqgan": vqgan} if vqgan else {})).to(device)
+    optimizer = make_optimizer(network)
+    keep_training(target, args.resume, network, optimizer, config, lambda start, after_step: train(
+        network, patches, rain_degradation(RAIN[args.rain]), args.steps, args.seed, start=start,
+        optimizer=optimizer, after_step=lambda step, loss: after_step(step, f", loss {loss:.4f}")))
 
 
 def load_trained(path: Path, device: str) -> nn.Module:
@@ -2331,15 +2311,15 @@ def command_restore(args: argparse.Namespace) -> int:
     network, folder = load_trained(args.model, pick_device(args.device)), args.photo.is_dir()
     if not args.photo.exists():
         raise BadInput(f"{args.photo}: no such photograph or folder")
-    target = check_output(args.output / "photo.png" if folder else args.output, SUFFIXES)
+    check_output(args.output / "photo.png" if folder else args.output, SUFFIXES)
 
-    def work(photo: Path, target: Path = target) -> None:
+    def work(photo: Path, target: Path) -> None:
         image = open_image(photo)
         output = restore(network, image, quiet=folder)
         save_image(torch.cat([image, output], 2) if args.compare else output, target, photo)
 
     if not folder:
-        work(args.photo)
+        work(args.photo, args.output)
         return 0
     if args.output.suffix.lower() in SUFFIXES:
         raise BadInput(f"{args.output} looks like a file; the output of a folder is a folder")
@@ -2348,29 +2328,26 @@ def command_restore(args: argparse.Namespace) -> int:
         raise BadInput(f"{args.output} holds the photographs; name another folder for the output")
     targets = {photo: args.output / photo.relative_to(args.photo) for photo in image_files(args.photo)
                if not photo.resolve().is_relative_to(output)}
-    missing = [photo for photo, target in targets.items() if not target.exists()]
-    failed = each("restoring photographs", missing, lambda photo: work(photo, targets[photo]))
+    missing = [item for item in targets.items() if not item[1].exists()]
+    failed = each("restoring photographs", missing, lambda item: work(*item))
     print(f"{args.output}: {len(missing) - failed} photographs restored, {len(targets) - len(missing)} there "
           f"already, {failed} failed")
     return 0 if not failed else 1 if failed < len(targets) else 2
 
 
 def command_evaluate(args: argparse.Namespace) -> int:
-    for output, suffix in ((args.csv, ".csv"), (args.save and args.save / "output.png", ".png")):
-        if output:
-            check_output(output, (suffix,))
-    if len({model.stem for model in args.models}) < len(args.models):
-        raise BadInput("two models have the same name, which is what tells them apart; rename one")
-    device = pick_device(args.device)
-    networks = {model.stem: load_trained(model, device) for model in args.models}
+    if args.csv:
+        check_output(args.csv, (".csv",))
+    if args.save:
+        check_output(args.save / "output.png", (".png",))
+    networks, device = {"rainy input": lambda image: image}, pick_device(args.device)
+    for path in args.models:
+        if path.stem in networks:
+            raise BadInput(f"two models are called {path.stem}, which is what tells them apart; rename one")
+        networks[path.stem] = partial(restore, load_trained(path, device), quiet=True)
     pairs, alone = pair_files(args.pairs)
-    if not pairs:
-        raise BadInput(f"{args.pairs}: no pairs of a rainy and a clean image, such as input/1.png and "
-                       "target/1.png, rainy/rain-1.png and norain-1.png, or 901_1.jpg and 901.jpg")
     for file in alone:
         print(f"failed: {file} has no partner", file=sys.stderr)
-    print(f"{len(pairs)} pairs; rain is rainy less clean; E_R and E_B in grey levels, PSNR in dB; "
-          "PSNR-Y and SSIM-Y on the luma of BT.601")
     rows, failed = [], len(alone)
 
     def work(pair: tuple[Path, Path]) -> None:
@@ -2378,31 +2355,30 @@ def command_evaluate(args: argparse.Namespace) -> int:
         if rainy.shape != clean.shape:
             raise BadInput("{} is {}x{} pixels, {} {}x{}".format(
                 pair[0], *rainy.shape[:0:-1], pair[1], *clean.shape[:0:-1]))
-        name = pair[0].relative_to(args.pairs)
-        measured = []
-        for label, network in {"rainy input": None, **networks}.items():
-            output = restore(network, rainy, quiet=True) if network else rainy
-            if network and args.save:
+        name, measured = pair[0].relative_to(args.pairs), []
+        for label, network in networks.items():
+            output = network(rainy)
+            measured.append({"file": str(name), "output": label,
+                             **evaluate_pair(output[None], rainy[None], clean[None])})
+            if args.save and output is not rainy:
                 save_image(output, args.save / label / name.with_suffix(".png"), pair[0])
-            numbers = evaluate_pair(output[None], rainy[None], clean[None])
-            measured.append({"file": str(name), "output": label, **numbers})
         rows.extend(measured)
 
     try:
         failed += each("evaluating pairs", pairs, work)
     finally:  # Ctrl-C, too, leaves what was finished
-        done, labels = len({row["file"] for row in rows}), ["rainy input", *networks]
-        for label in labels if rows else ():
-            mine = [list(row.values())[2:] for row in rows if row["output"] == label]
-            means = torch.tensor(mine, dtype=torch.float64).nanmean(0).tolist()
-            rows.append(dict(zip(rows[0], (f"mean of {done}", label, *means))))
-        print("   E_R  ideal    E_B   PSNR   SSIM PSNR-Y SSIM-Y" if rows else "nothing was measured")
-        for row in rows:
-            print("{E_R:6.1f} {E_R_ideal:6.1f} {E_B:6.1f} {psnr:6.2f} {ssim:6.3f} {psnr_y:6.2f} {ssim_y:6.3f}"
-                  "  {output:{width}}  {file}".format(**row, width=max(map(len, labels))))
-        if args.csv and rows:
-            save_table(rows, args.csv)
-            print(f"wrote {args.csv}")
+        if rows:
+            numbers = torch.tensor([list(row.values())[2:] for row in rows], dtype=torch.float64)
+            means = numbers.unflatten(0, (-1, len(networks))).nanmean(0).tolist()  # over the files
+            name = f"mean of {len(rows) // len(networks)}"
+            rows += [dict(zip(rows[0], (name, label, *mean))) for label, mean in zip(networks, means)]
+            print("Rain is rainy less clean.  E_R and E_B in grey levels, PSNR in dB; psnr_y and ssim_y on "
+                  "the luma of BT.601.\n")
+            print(table(rows, {"file": "", "output": "", "E_R": ".1f", "E_R_ideal": ".1f", "E_B": ".1f",
+                               "psnr": ".2f", "ssim": ".3f", "psnr_y": ".2f", "ssim_y": ".3f"}))
+            if args.csv:
+                save_table(rows, args.csv)
+                print(f"wrote {args.csv}")
     return 0 if not failed else 1 if rows else 2
 
 
@@ -2464,20 +2440,20 @@ def do_runs(missing: list[Run], load: Callable, folder: Path) -> bool:
     priors = {prior_file(run, folder): run for run in missing if run.net == "prior"}
     for path, run in list(priors.items())[rank::ranks]:
         seed = 0 if run.images in BACKGROUNDS else run.seed
-        images, _ = load(run.images, seed)
-        make_prior(path, path.exists(), images, PRETRAINING * run.steps, seed, run.device)
+        make_prior(path, path.exists(), load(run.images, seed)[0], PRETRAINING * run.steps, seed, run.device)
     if ranks > 1:
         torch.distributed.barrier()  # until every VQGAN is there
-    mine = missing[rank::ranks]
+    mine, done = missing[rank::ranks], 0
     progress = Progress(f"training, rank {rank} of {ranks}", sum(run.steps for run in mine))
-    done = 0
     try:
         for run in mine:
             vqgan = load_vqgan(prior_file(run, folder)) if run.net == "prior" else None
-            rows, picture = measure(run, *load(run.images, run.seed), vqgan,
-                                    lambda *_: progress.step(f", {done} of {len(mine)} runs done"))
+            rows, tests = measure(run, *load(run.images, run.seed), vqgan,
+                                  after_step=lambda *_: progress.step(f", {done} of {len(mine)} runs done"))
+            test = next(iter(tests.values()))
             with writing(run.file(folder).with_suffix(".png")) as temporary:
-                to_picture(picture).save(temporary)
+                strip = torch.cat([test[key][0] for key in ("degraded", "output", "clean")], dim=-1)
+                to_picture(strip).save(temporary)
             with writing(run.file(folder)) as temporary:
                 temporary.write_text(json.dumps(rows, indent=1) + "\n")
             done += 1
@@ -2490,52 +2466,45 @@ def do_runs(missing: list[Run], load: Callable, folder: Path) -> bool:
     return rank == 0
 
 
-def seconds(runs: list[Run], load: Callable, folder: Path) -> float:
-    """How long the runs will take in one process, by timing: images once, each network for 2 and 12 steps."""
-    def timed(work: Callable, *arguments) -> float:
-        begun = time.monotonic()
-        work(*arguments)
-        return time.monotonic() - begun
+def seconds(missing: list[Run], load: Callable, folder: Path) -> float:
+    """How long the runs will take in one process, from the times of short ones (less the drawing of images).
 
-    total, costs = 0.0, {}
-    progress = Progress("timing short runs of each network", len({(run.net, run.arguments) for run in runs}))
-    for run in runs:
-        if (run.net, run.arguments) not in costs:
-            images = load(run.images, run.seed)
-            # The first is always slow.
-            _, few, many = (timed(measure, replace(run, steps=n), *images) for n in (1, 2, 12))
-            costs[run.net, run.arguments] = few, max(0, many - few) / 10
+    Each network, and the pre-training of a VQGAN, is timed for 2 and for 12 steps.
+    """
+    jobs = [((run.net, run.arguments), run, run.steps) for run in missing]
+    priors = {prior_file(run, folder): run for run in missing if run.net == "prior"}
+    jobs += [("VQGAN", run, PRETRAINING * run.steps) for path, run in priors.items() if not path.exists()]
+    total, costs, progress = 0, {}, Progress("timing short runs", len({kind for kind, _, _ in jobs}))
+    for kind, run, steps in jobs:
+        if kind not in costs:
+            (training, held_out), times = load(run.images, run.seed), []
+            for n in (1, 2, 12):  # the first is always slow
+                begun = time.monotonic()
+                if kind == "VQGAN":
+                    pretrain(seeded(Pretraining, 0, **PRIOR), training, n)
+                else:
+                    measure(replace(run, steps=n), training, held_out)
+                times.append(time.monotonic() - begun)
+            costs[kind] = times[1], max(0, times[2] - times[1]) / 10
             progress.step()
-        base, step = costs[run.net, run.arguments]
-        total += base + step * run.steps
-    priors = {prior_file(run, folder): run for run in runs if run.net == "prior"}
-    for run in (run for path, run in priors.items() if not path.exists()):
-        training, images = seeded(Pretraining, 0, **PRIOR), load(run.images, run.seed)[0]
-        _, few, many = (timed(pretrain, training, images, n) for n in (1, 2, 12))
-        total += few + max(0, many - few) / 10 * PRETRAINING * run.steps
-    load.cache_clear()
-    images = {(run.images, run.seed): run.images for run in runs}.values()
-    return total + sum(list(images).count(kind) * timed(load, kind, 0) for kind in set(images))
+        total += costs[kind][0] + costs[kind][1] * steps
+    return total
 
 
 def report(claims: dict[str, Claim], seeds: int, folder: Path, out: Path) -> None:
     """Write a figure and a table for each claim, then the verdicts; print the verdicts."""
-    verdicts = []
+    verdicts = {name: verdict_rows(name, claim, seeds, folder) for name, claim in claims.items()}
     for name, claim in claims.items():
-        verdicts += verdict_rows(name, claim, seeds, folder)
         draw = {"noise": figure_noise, "prior": figure_prior}.get(name, figure_claim)
         save_figure(draw(claim, seeds, folder), claim_rows(claim, seeds, folder), out / f"{name}.png")
-    table = out / ("verdicts.csv" if len(claims) == len(CLAIMS) else f"verdicts-{'-'.join(claims)}.csv")
-    save_table(verdicts, table)
-    print(f"wrote {table}")
+    path = out / ("verdicts.csv" if len(claims) == len(CLAIMS) else f"verdicts-{'-'.join(claims)}.csv")
+    save_table(list(itertools.chain(*verdicts.values())), path)
+    print(f"wrote {path}")
     for name, claim in claims.items():
         print(f"\n{name}: {claim.statement}")
-        print("    {:6}{:13}{:31}{:>14}{:>8}{:>8}   seeds   verdict".format(
-            "of", "tested on", "panel", "effect", "E_B", "PSNR"))
-        for row in verdicts:
-            if row["claim"] == name:
-                print("    {metric:6}{tested_on:13}{panel:31}{effect:+8.2f} ± {spread:.2f}{E_B:+8.2f}"
-                      "{psnr:+8.2f}{agree:>4} of {seeds}  {verdict}".format(**row))
+        print(table(verdicts[name], {"metric": "", "tested_on": "", "panel": "", "effect": "+.2f",
+                                     "spread": ".2f", "E_B": "+.2f", "psnr": "+.2f", "agree": "d",
+                                     "seeds": "d", "verdict": ""}))
 
 
 class Parser(argparse.ArgumentParser):
@@ -2555,33 +2524,48 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Every command and option, each described where it is declared."""
-    shared = {
-        "--backgrounds": dict(nargs="+", metavar="PATH", help="photographs (files, folders) to use instead"),
-        "--category": dict(choices=(*BACKGROUNDS, "all"), default="faces", help="embedded images to use"),
-        "--net": dict(choices=NETWORKS, default="resnet", help="which network"),
-        "--vqgan": dict(metavar="FILE", help="pre-trained VQGAN, for --net prior: ours or a published one"),
-        "--rain": dict(choices=("small", "medium", "large"), default="small", help="rain to train on"),
-        "--steps": dict(type=whole(1), default=2500, metavar="N", help="training steps"),
-        "--resume": dict(action="store_true", help="insist on going on with the unfinished training in FILE"),
-        "--seed": dict(type=whole(0), default=0, metavar="N", help="of all that is drawn at random"),
-        "--device": dict(default="auto", metavar="NAME", help="cpu or cuda; auto: a GPU if there is one"),
-        "--out": dict(type=Path, default=Path("figures"), metavar="FOLDER", help="where results go"),
+    """Every option and command, each described where it is declared."""
+    options = {
+        "few": dict(type=whole(1), default=8, metavar="N", help="backgrounds of one network"),
+        "many": dict(type=whole(2), default=1024, metavar="N", help="backgrounds of the other"),
+        "n": dict(type=whole(1), default=64, metavar="N", help="number of distinct background patches"),
+        "backgrounds": dict(nargs="+", metavar="PATH", help="photographs (files, folders) to use instead"),
+        "category": dict(choices=(*BACKGROUNDS, "all"), default="faces", help="embedded images to use"),
+        "net": dict(choices=NETWORKS, default="resnet", help="which network"),
+        "vqgan": dict(metavar="FILE", help="pre-trained VQGAN, for --net prior: ours or a published one"),
+        "rain": dict(choices=("small", "medium", "large"), default="small", help="rain to train on"),
+        "range": dict(choices=RAIN, default="medium", help="kind of rain"),
+        "steps": dict(type=whole(1), default=2500, metavar="N", help="training steps"),
+        "seeds": dict(type=whole(1), metavar="N",
+                      help=f"number of seeds (default: {SEEDS}; quick: {QUICK_SEEDS})"),
+        "resume": dict(action="store_true", help="insist on going on with the unfinished training in FILE"),
+        "seed": dict(type=whole(0), default=0, metavar="N", help="of all that is drawn at random"),
+        "device": dict(default="auto", metavar="NAME", help="cpu or cuda; auto: a GPU if there is one"),
+        "out": dict(type=Path, default=Path("figures"), metavar="FOLDER", help="where results go"),
+        "quick": dict(action="store_true", help="a taste: few seeds and steps"),
+        "dry-run": dict(action="store_true", help="name the missing runs, and time them"),
+        "runs": dict(type=Path, default=Path("runs"), metavar="FOLDER",
+                     help="where the result of each run is kept, to go on from"),
+        "compare": dict(action="store_true", help="write photograph and result side by side"),
+        "pairs": dict(type=Path, required=True, metavar="FOLDER",
+                      help="the benchmark as unpacked: input/ and target/, rainy/rain-1.png and "
+                           "norain-1.png, 901_1.jpg and 901.jpg, and the like"),
+        "csv": dict(type=Path, metavar="FILE", help="write the table here, too"),
+        "save": dict(type=Path, metavar="FOLDER", help="keep the outputs here, as .png"),
     }
 
-    def add_options(parser: Parser, *names: str) -> None:
-        for name in names:
-            default = f" (default: {shared[name]['default']})" if "default" in shared[name] else ""
-            parser.add_argument(name, **{**shared[name], "help": shared[name]["help"] + default})
+    def add_options(parser: Parser, *names: str, **changed: dict) -> None:
+        for name in (*names, *changed):
+            option = {**options[name], **changed.get(name, {})}
+            if option.get("default") is not None:
+                option["help"] += f" (default: {option['default']})"
+            parser.add_argument(f"--{name}", **option)
 
     parser = Parser(prog="derain.py", epilog="example: python derain.py --backgrounds photos/ --seed 1",
                     description="Without a command: train a network on few backgrounds and another on many, "
                                 "and compare how they remove rain that neither saw.")
-    parser.add_argument("--few", type=whole(1), default=8, metavar="N",
-                        help="backgrounds of one network (default: 8)")
-    parser.add_argument("--many", type=whole(2), default=1024, metavar="N",
-                        help="backgrounds of the other (default: 1024)")
-    add_options(parser, *(name for name in shared if name != "--resume"))
+    add_options(parser, "few", "many", "backgrounds", "category", "net", "vqgan", "rain", "steps", "seed",
+                "device", "out")
     parser.set_defaults(run=command_headline)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", description="each has a --help")
 
@@ -2595,59 +2579,38 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add_command(command_figures, "draw the figures that explain rain and backgrounds",
                           "figures --out figures")
-    add_options(command, "--seed", "--out")
+    add_options(command, "seed", "out")
     command = add_command(command_rain, "add rain to a photograph",
                           "rain photo.jpg -o rainy.png --range large --seed 3", "the rainy photograph")
     command.add_argument("photo", type=Path, help="the photograph, of any size")
-    command.add_argument("--range", choices=RAIN, default="medium", help="kind of rain (default: medium)")
-    add_options(command, "--seed")
-    shared["--rain"]["default"] = "large"  # what shows the effect best is not what serves best
+    add_options(command, "range", "seed")
     command = add_command(command_train, "train a network and keep it",
-                          "train --backgrounds photos/ -o model.pt",
-                          "the checkpoint, a .pt file")
-    command.add_argument("--n", type=whole(1), default=64, metavar="N",
-                         help="number of distinct background patches (default: 64)")
-    add_options(command, "--resume", "--net", "--vqgan", "--backgrounds", "--category", "--rain", "--steps",
-                "--seed", "--device")
+                          "train --backgrounds photos/ -o model.pt", "the checkpoint, a .pt file")
+    add_options(command, "n", "resume", "net", "vqgan", "backgrounds", "category", "steps", "seed", "device",
+                rain={"default": "large"})  # what shows the effect best is not what serves best
     command = add_command(command_vqgan, "pre-train the content prior, a VQGAN, on clean images",
                           "vqgan --backgrounds photos/ -o vqgan.pt", "the VQGAN, a .pt file")
-    command.add_argument("--steps", type=whole(1), default=3500, metavar="N",
-                         help="training steps (default: 3500)")
-    add_options(command, "--resume", "--backgrounds", "--category", "--seed", "--device")
+    add_options(command, "resume", "backgrounds", "category", "seed", "device", steps={"default": 3500})
     command = add_command(command_reproduce, "test the paper's claims: trainings, figures, tables, verdicts "
                           "(with two cores: torchrun --nproc_per_node=2 derain.py reproduce)",
                           "reproduce few range --backgrounds photos/")
     command.add_argument("claims", nargs="*", metavar="CLAIM",
                          help=f"{', '.join(CLAIMS)} (default: all)")
-    command.add_argument("--quick", action="store_true", help="a taste: few seeds and steps")
-    command.add_argument("--dry-run", action="store_true", help="name the missing runs, and time them")
-    for name, usual, quick in (("seeds", SEEDS, QUICK_SEEDS), ("steps", STEPS, QUICK_STEPS)):
-        command.add_argument(f"--{name}", type=whole(1), metavar="N",
-                             help=f"number of {name} (default: {usual}; quick: {quick})")
-    command.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER",
-                         help="where the result of each run is kept, to go on from (default: runs)")
-    command.add_argument("--out", type=Path, metavar="FOLDER",
-                         help="where figures and tables go (default: figures, or figures/photographs; what "
-                              "has fewer seeds or steps than usual: runs/taste)")
-    command.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
-    add_options(command, "--backgrounds")
+    add_options(command, "quick", "dry-run", "seeds", "runs", "backgrounds", device={"default": "cpu"},
+                steps={"default": None, "help": f"training steps (default: {STEPS}; quick: {QUICK_STEPS})"},
+                out={"default": None, "help": "where figures and tables go (default: figures, or "
+                     "figures/photographs; what has fewer seeds or steps than usual: runs/taste)"})
     command = add_command(command_restore, "remove the rain from a photograph, or from every one in a folder",
                           "restore model.pt photo.jpg -o clean.png",
                           "the restored photograph; of a folder: a folder, where what exists stays")
     command.add_argument("model", type=Path, help="a checkpoint that `train` wrote")
     command.add_argument("photo", type=Path, help="the photograph, of any size, or a folder of them")
-    command.add_argument("--compare", action="store_true", help="write photograph and result side by side")
-    add_options(command, "--device")
+    add_options(command, "compare", "device")
     command = add_command(command_evaluate, "measure networks on a benchmark's pairs of a rainy and a clean "
                           "image: E_R, E_B, PSNR and SSIM, these also on the Y channel of BT.601",
                           "evaluate model.pt other.pt --pairs Rain100L/ --csv rain100l.csv")
     command.add_argument("models", type=Path, nargs="+", metavar="model", help="what `train` wrote")
-    command.add_argument("--pairs", type=Path, required=True, metavar="FOLDER",
-                         help="the benchmark as unpacked: input/ and target/, rainy/rain-1.png and "
-                              "norain-1.png, 901_1.jpg and 901.jpg, and the like")
-    command.add_argument("--csv", type=Path, metavar="FILE", help="write the table here, too")
-    command.add_argument("--save", type=Path, metavar="FOLDER", help="keep the outputs here, as .png")
-    add_options(command, "--device")
+    add_options(command, "pairs", "csv", "save", "device")
     return parser
 
 

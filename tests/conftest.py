@@ -55,12 +55,15 @@ def run():
 
 
 @pytest.fixture
-def call(capsys):
-    """The same without a new process, which takes seconds to import torch: returns status, output and errors."""
+def call(capfd):
+    """The same without a new process, which takes seconds to import torch: returns status, output and errors.
+
+    What C libraries print counts, too.
+    """
     def command(*arguments):
         import derain
-        capsys.readouterr()
+        capfd.readouterr()
         status = derain.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         return SimpleNamespace(returncode=status, stdout=captured.out, stderr=captured.err)
     return command

@@ -31,8 +31,9 @@ def test_the_main_job(call, small, tmp_path):
     assert files_in(tmp_path / "a") == ["decoupled.csv", "decoupled.png", "headline.csv", "headline.png"]
     with open(tmp_path / "a" / "headline.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["tested_on"], r["output"], r["backgrounds"]) for r in rows] == [
-        (rain, output, n) for rain in ("unseen", "small") for output, n in (("rainy", "0"), ("few", "2"), ("many", "8"))]
+    assert [(r["tested_on"], r["output"], r["n"]) for r in rows] == [
+        (rain, output, n) for rain in ("unseen", "strokes", "small")
+        for output, n in (("rainy", "0"), ("few", "2"), ("many", "8"))]
     for row in rows:  # the table on screen shows the numbers of the file
         assert f"{float(row['E_R']):.1f}" in done.stdout and f"{float(row['psnr']):.2f}" in done.stdout
     assert "headline.png" in done.stdout and "Trained on 2 backgrounds instead of 8" in done.stdout

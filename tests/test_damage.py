@@ -135,14 +135,9 @@ def model(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def call(capfd):
-    """Run a command in this process; what C libraries write to standard error counts, too."""
-    def command(*arguments):
-        capfd.readouterr()
-        status = derain.main([str(argument) for argument in arguments])
-        return status, capfd.readouterr().err.splitlines()
-    return command
+def outcome(done):
+    """Status and lines of standard error of a command."""
+    return done.returncode, done.stderr.splitlines()
 
 
 def files_in(folder):
@@ -174,7 +169,7 @@ def test_the_files_are_of_many_kinds():
 def test_rain(call, damaged, tmp_path):
     done, failed = set(), set()
     for name in FILES:
-        status, lines = call("rain", damaged / name, "-o", tmp_path / name)
+        status, lines = outcome(call("rain", damaged / name, "-o", tmp_path / name))
         if status:
             assert status == 2 and not (tmp_path / name).exists() and len(lines) == 1
             failed |= named(lines, "derain.py: ")
@@ -193,13 +188,13 @@ def whole(folder, names):
 
 
 def test_restore(call, damaged, model, tmp_path):
-    status, lines = call("restore", model, damaged, "-o", tmp_path / "out")
+    status, lines = outcome(call("restore", model, damaged, "-o", tmp_path / "out"))
     failed = named(lines, "failed: ")
     done = set(FILES) - failed
     assert status == 1
     check(failed, done)
     whole(tmp_path / "out", done)
-    again, same = call("restore", model, damaged, "-o", tmp_path / "out")
+    again, same = outcome(call("restore", model, damaged, "-o", tmp_path / "out"))
     assert again == 1 and same == lines
 
 
@@ -212,7 +207,7 @@ def test_evaluate(call, damaged, model, tmp_path):
             (tmp_path / part).mkdir(exist_ok=True)
         (tmp_path / bad / name).write_bytes((damaged / name).read_bytes())
         Image.new("RGB", (30, 20), "grey").save(tmp_path / good / f"{name.rsplit('.', 1)[0]}.png")
-    status, lines = call("evaluate", model, "--pairs", tmp_path, "--csv", tmp_path / "t.csv")
+    status, lines = outcome(call("evaluate", model, "--pairs", tmp_path, "--csv", tmp_path / "t.csv"))
     failed = named([line for line in lines if line.startswith("failed: ")], "failed: ")
     assert status == 1 and len(lines) == len(failed)
     measured = {line.split(",")[0].split("/")[1].rsplit(".", 1)[0] for line in (tmp_path / "t.csv").read_text().splitlines()
@@ -232,13 +227,13 @@ def test_training(command, call, damaged, tmp_path, monkeypatch):
     for name, value in {"PRIOR": small, "TEST_PATCH": 20, "TEST_PATCHES": 2, "PATCH": 20,
                         "PRETRAINING_PATCHES": ((2, 16),)}.items():
         monkeypatch.setattr(derain, name, value)
-    status, lines = call(command, "--backgrounds", damaged, "--steps", 1, "-o", tmp_path / "a.pt")
+    status, lines = outcome(call(command, "--backgrounds", damaged, "--steps", 1, "-o", tmp_path / "a.pt"))
     failed = named(lines, "skipped: ")
     assert status == 0 and files_in(tmp_path) == {"a.pt"}
     check(failed - {n for n in FILES if "one-pixel" in n or "thin" in n}, set(FILES) - failed,
           [n for n in FILES if not ("one-pixel" in n or "thin" in n)])
     bad = [damaged / name for name, (_, good) in FILES.items() if good is False]
-    status, lines = call(command, "--backgrounds", *bad, "--steps", 1, "-o", tmp_path / "b.pt")
+    status, lines = outcome(call(command, "--backgrounds", *bad, "--steps", 1, "-o", tmp_path / "b.pt"))
     assert status == 2 and len(named(lines[:-1], "skipped: ")) == len(bad) and lines[-1].startswith("derain.py: none of")
     assert files_in(tmp_path) == {"a.pt"}
 
@@ -246,6 +241,6 @@ def test_training(command, call, damaged, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind, width", [("webp", 17_000), ("jpg", 66_000), ("gif", 66_000)])
 def test_what_a_format_cannot_hold(kind, width, call, tmp_path):
     Image.new("RGB", (width, 1)).save(tmp_path / "wide.png")
-    status, lines = call("rain", tmp_path / "wide.png", "-o", tmp_path / f"wide.{kind}")
+    status, lines = outcome(call("rain", tmp_path / "wide.png", "-o", tmp_path / f"wide.{kind}"))
     assert status == 2 and "wide." in lines[-1] and "cannot be written" in lines[-1]
     assert files_in(tmp_path) == {"wide.png"}

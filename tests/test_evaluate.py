@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import derain
+from test_evaluation import loop_ssim
 
 LAYOUTS = {  # rainy file: its clean file; "" if it has none
     "input and target": {"input/1.png": "target/1.png", "input/2.png": "target/2.png"},
@@ -54,20 +55,6 @@ def loop_luma(image):
             r, g, b = (float(v) / 255 for v in image[row, column])
             y[row, column] = (16 + 65.481 * r + 128.553 * g + 24.966 * b) / 255
     return y
-
-
-def loop_ssim(x, y):
-    offset = np.arange(11) - 5
-    weight = np.exp(-(offset[:, None] ** 2 + offset ** 2) / (2 * 1.5 ** 2))
-    weight /= weight.sum()
-    values = []
-    for top in range(x.shape[0] - 10):
-        for left in range(x.shape[1] - 10):
-            a, b = x[top:top + 11, left:left + 11], y[top:top + 11, left:left + 11]
-            ma, mb = (weight * a).sum(), (weight * b).sum()
-            va, vb, c = (weight * (a - ma) ** 2).sum(), (weight * (b - mb) ** 2).sum(), (weight * (a - ma) * (b - mb)).sum()
-            values.append((2 * ma * mb + 1e-4) * (2 * c + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4)))
-    return np.mean(values)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +145,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(call, bench, tmp_path):
         (folder / "target" / f"{name}.png").write_bytes(b"")
     done = call("evaluate", model, "--pairs", folder, "--csv", tmp_path / "t.csv")
     assert done.returncode == 2 and not (tmp_path / "t.csv").exists()
-    for arguments, word in (((model, "--pairs", tmp_path / "none"), "no such folder"), ((model, model, "--pairs", pairs), "same name"),
+    for arguments, word in (((model, "--pairs", tmp_path / "none"), "no such folder"), ((model, model, "--pairs", pairs), "two models are called"),
                             ((model, "--pairs", pairs, "--csv", tmp_path / "t.txt"), ".csv")):
         done = call("evaluate", *arguments)
         assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""

@@ -1,6 +1,7 @@
 """Section 7's grid: is a verdict what the numbers say, and does a grid survive whatever happens to it?"""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -218,7 +219,7 @@ def test_what_a_run_leaves_and_what_the_prior_may_know(tmp_path, monkeypatch):
     for run, files in ((embedded, 1), (photographs, 3)):
         assert len({derain.prior_file(dataclasses.replace(run, seed=seed), tmp_path) for seed in range(3)}) == files
     images = [torch.rand(3, 130, 130) for _ in range(2)]
-    monkeypatch.setattr(derain, "GRID_PATCHES", 2)
+    monkeypatch.setattr(derain, "measure", functools.partial(derain.measure, patches=(2, derain.GRID_PATCH)))
     monkeypatch.setattr(derain, "PRETRAINING_PATCHES", ((1, 40),))
     asked = []
     runs = [dataclasses.replace(embedded, seed=seed, steps=1) for seed in (1, 2)]
@@ -231,11 +232,12 @@ def test_what_a_run_leaves_and_what_the_prior_may_know(tmp_path, monkeypatch):
     vqgan = derain.prior_file(runs[0], tmp_path)
     before = vqgan.read_bytes()
     assert derain.do_runs(runs[1:], load, tmp_path) and vqgan.read_bytes() == before
-    with Image.open(runs[0].file(tmp_path).with_suffix(".png")) as picture:
-        assert picture.size == (3 * 128, 128)
-    clean = np.asarray(Image.open(runs[1].file(tmp_path).with_suffix(".png")))[:, 256:]
-    expected = derain.sample_patches(images, 1, 128, derain.stream(2, "picture"))[0]
-    assert np.abs(clean / 255 - expected.permute(1, 2, 0).numpy()).max() < 1 / 255
+    with Image.open(runs[1].file(tmp_path).with_suffix(".png")) as picture:
+        side = derain.GRID_PATCH
+        assert picture.size == (3 * side, side)
+        clean = np.asarray(picture)[:, 2 * side:] / 255
+    expected = derain.sample_patches(images, 2, side, derain.stream(2, "test patches"))[0]
+    assert np.abs(clean - expected.permute(1, 2, 0).numpy()).max() < 1 / 255
 
 
 def test_a_second_metric_has_verdicts_of_its_own(tmp_path):

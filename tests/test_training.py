@@ -1,6 +1,7 @@
 """Sections 3, 5 and 7: the network, training, checkpoints, and the effect itself."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -187,13 +188,19 @@ def test_few_backgrounds_remove_more_unseen_rain(monkeypatch):
     for seed in range(2):
         training = [derain.draw_background("faces", 128, derain.stream(seed, "training", i)) for i in range(32)]
         held_out = [derain.draw_background("faces", 256, derain.stream(seed, "held out", i)) for i in range(4)]
-        rows, pictures = derain.few_against_many(training, held_out, 4, 256, 150, seed)
-        rainy, few, many, rainy_seen, few_seen, many_seen = rows
+        runs = [derain.Run(n=n, steps=150, seed=seed) for n in (4, 256)]
+        rows, pictures = derain.few_against_many(*runs, training, held_out)
+        assert [(row["tested_on"], row["output"], row["n"]) for row in rows] == [
+            (rain, *output) for rain in ("unseen", "strokes", "small")
+            for output in (("rainy", 0), ("few", 4), ("many", 256))]
+        rainy, few, many, *_, many_seen = rows
         gaps.append(few["E_R"] - many["E_R"])
-        assert rainy["E_R"] == 0 and rainy["tested_on"] == "unseen" and rainy_seen["tested_on"] == "small"
+        assert rainy["E_R"] == 0 and rainy["psnr"] == derain.psnr(*(pictures["unseen"][k] for k in ("rainy", "clean")))
         assert many_seen["E_R"] > 2 * many["E_R"] * 0.8  # the rain of training is removed far better
-        again = derain.decoupled_evaluation(*(pictures["unseen"][k] for k in ("few", "rainy", "clean", "rain")))
-        assert again["E_R"] == few["E_R"]
+        for row in (few, many):
+            tested = pictures["unseen"]
+            again = derain.decoupled_evaluation(*(tested[k] for k in (row["output"], "rainy", "clean", "rain")))
+            assert again["E_R"] == row["E_R"]
     assert np.mean(gaps) > 5
 
 
@@ -201,8 +208,21 @@ def test_few_and_many_differ_in_the_backgrounds_alone(monkeypatch):
     """With many = few the two networks are one and the same, to the bit, though trained side by side."""
     monkeypatch.setattr(derain, "TEST_PATCHES", 2)
     images = [derain.draw_background("faces", 128, np.random.default_rng(i)) for i in range(4)]
-    _, pictures = derain.few_against_many(images, images, 6, 6, 10, 0)
+    run = derain.Run(n=6, steps=10)
+    _, pictures = derain.few_against_many(run, run, images, images)
     assert torch.equal(pictures["unseen"]["few"], pictures["unseen"]["many"])
+    assert derain.measure(run, images, images, patches=(2, derain.TEST_PATCH))[1]["unseen"]["output"].equal(
+        pictures["unseen"]["few"])  # and so alone
+
+
+def test_networks_made_at_the_same_time_do_not_share_random_numbers():
+    def make(seed):
+        return [weights_of(derain.build_network("unet", seed)) for _ in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(make, range(4)))
+    for seed, networks in enumerate(made):
+        assert all(torch.equal(network, networks[0]) for network in networks), seed
 
 
 def test_held_out_photographs_are_other_photographs(photos):
@@ -215,7 +235,7 @@ def test_held_out_photographs_are_other_photographs(photos):
 
 def test_the_sentence_follows_from_the_numbers():
     def rows(few, many):
-        return [{"tested_on": t, "output": o, "backgrounds": n, "E_R": e, "E_R_ideal": 80.0, "E_B": 1.0,
+        return [{"tested_on": t, "output": o, "n": n, "E_R": e, "E_R_ideal": 80.0, "E_B": 1.0, "trained_on": "small",
                  "psnr": p, "ssim": 0.5}
                 for t, o, n, e, p in (("unseen", "rainy", 0, 0.0, 9.0), ("unseen", "few", 4, few, 12.0),
                                       ("unseen", "many", 99, many, 11.0), ("small", "rainy", 0, 0.0, 9.0),
@@ -223,3 +243,8 @@ def test_the_sentence_follows_from_the_numbers():
     assert "removes more of" in derain.describe(rows(50.0, 20.0)) and "with many" in derain.describe(rows(50.0, 20.0))
     assert "removes less of" in derain.describe(rows(20.0, 50.0))
     assert "removes about as much of" in derain.describe(rows(50.5, 50.0))
+
+
+def test_a_table_has_a_line_a_row_and_its_columns_in_line():
+    text = derain.table([{"a": "x", "b": 1.25, "c": 3}, {"a": "long", "b": -10.5, "c": 4}], {"a": "", "b": ".1f"})
+    assert text.split("\n") == ["a         b", "x       1.2", "long  -10.5"]
