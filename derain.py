@@ -1444,18 +1444,20 @@ def ssim(output: Tensor, clean: Tensor) -> float:
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     window = window / window.sum()
 
-    def blur(image: Tensor) -> Tensor:  # to (n, 3, h - 10, w - 10), by 11 weighted shifts down, 11 across
-        height, width = image.shape[2] - 10, image.shape[3] - 10
-        image = sum(weight * image[:, :, i:i + height] for i, weight in enumerate(window))
-        return sum(weight * image[:, :, :, i:i + width] for i, weight in enumerate(window))
+    def blur(image: Tensor) -> Tensor:  # (h, w) to (h - 10, w - 10), by 11 weighted shifts down, 11 across
+        height, width = image.shape[0] - 10, image.shape[1] - 10
+        image = sum(weight * image[i:i + height] for i, weight in enumerate(window))
+        return sum(weight * image[:, i:i + width] for i, weight in enumerate(window))
 
-    x, y = output.double(), clean.double()
-    mean_x, mean_y = blur(x), blur(y)
-    variances = blur(x * x) - mean_x ** 2 + blur(y * y) - mean_y ** 2
-    covariance = blur(x * y) - mean_x * mean_y
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    return ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-            / ((mean_x ** 2 + mean_y ** 2 + c1) * (variances + c2))).mean().item()
+    similar, c1, c2 = [], 0.01 ** 2, 0.03 ** 2
+    for x, y in zip(output.flatten(0, 1), clean.flatten(0, 1)):  # a channel at a time, to bound the memory
+        x, y = x.double(), y.double()
+        mean_x, mean_y = blur(x), blur(y)
+        variances = blur(x * x) - mean_x ** 2 + blur(y * y) - mean_y ** 2
+        covariance = blur(x * y) - mean_x * mean_y
+        similar.append(((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+                        / ((mean_x ** 2 + mean_y ** 2 + c1) * (variances + c2))).mean())
+    return torch.stack(similar).mean().item()
 
 
 def evaluate_pair(output: Tensor, rainy: Tensor, clean: Tensor) -> dict[str, float]:
@@ -2022,14 +2024,14 @@ def figure_noise(claim: Claim, seeds: int, folder: Path) -> Figure:
             ("E_B", "E_B: image broken (less is better)", 30))):
         few, many = (np.array([[results([runs[i]], tested, metric, seeds, folder).mean() for tested in NOISE]
                                for runs in claim.panels.values()]) for i in range(2))  # (trained, tested)
-        for axes, table, title in zip(line, (few, many, few - many), (
+        for axes, cells, title in zip(line, (few, many, few - many), (
                 f"{numbers[0]} backgrounds", f"{numbers[1]:,} backgrounds", "few less many")):
             gap = axes is line[2]
-            most = np.abs(table).max() if gap else top
+            most = np.abs(cells).max() if gap else top
             better = "PuOr" if metric == "removed" else "PuOr_r"  # purple is better
             colours = {"cmap": better, "vmin": -most} if gap else {"cmap": "viridis", "vmin": 0}
-            handle = axes.imshow(table, vmax=most, **colours)
-            for (i, j), value in np.ndenumerate(table):
+            handle = axes.imshow(cells, vmax=most, **colours)
+            for (i, j), value in np.ndenumerate(cells):
                 dark = abs(value) > 0.7 * most if gap else value < 0.6 * most
                 axes.text(j, i, f"{round(value):+}" if gap else round(value), ha="center", va="center",
                           color="white" if dark else "black", weight="bold" if i == j else "normal")
