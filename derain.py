@@ -29,6 +29,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -52,6 +53,7 @@ from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 from zipfile import ZipFile, is_zipfile
 
 # Threads of OpenMP wait for one another in a busy loop, and where another program runs too, the main job then
@@ -65,8 +67,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
-# glibc gives freed memory back and asks for it again at every training step, a third of the time.  Once it has
-# seen a block of 30 MB come and go, it keeps as much.
+# glibc gives freed memory back and asks for it again at every training step, a third of the time.  Once it
+# has seen a block of 30 MB come and go, it keeps as much.
 torch.empty(30 * 2 ** 18)
 
 # ==========================================================================================================
@@ -81,13 +83,31 @@ class BadInput(ValueError):
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, and move it to `path` if all went well: never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")  # the suffix tells PIL the format
+    # The suffix tells PIL the format; a name may have 255 bytes.
+    temporary = path.with_name(f".{path.stem[:40]}-{os.getpid()}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except OSError as problem:
+        raise BadInput(f"{path} cannot be written: {problem.strerror or problem}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def tell(text: object, file: TextIO | None = None) -> None:
+    """Print one line (on standard output), over a progress line if there is one."""
+    file = file or sys.stdout
+    print(("\r\033[K" if file.isatty() else "") + " ".join(str(text).split()), file=file)
+
+
+def complain(text: object) -> None:
+    """Say in one line on standard error what went wrong, and count it: the exit status depends on that."""
+    complain.count += 1
+    tell(text, sys.stderr)
+
+
+complain.count = 0
 
 
 class Progress:
@@ -525,6 +545,11 @@ def open_image(path: str | Path) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div_(255)
 
 
+def is_image(file: Path) -> bool:
+    """Whether a file in a folder is taken for an image: by its suffix, and not if it is hidden."""
+    return file.suffix.lower() in SUFFIXES and file.name[0] != "." and not file.is_dir()
+
+
 def image_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """The image files that paths name: files as they are, folders searched with their subfolders, sorted."""
     files = []
@@ -532,11 +557,11 @@ def image_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
         if not path.exists():
             raise BadInput(f"{path}: no such file or folder")
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [f for f in found if f == path or (f.suffix.lower() in SUFFIXES and f.name[0] != ".")]
+        found = [file for file in found if file == path or is_image(file)]
         if not found:
             raise BadInput(f"{path}: no images in this folder (looked for {', '.join(SUFFIXES)})")
         files += found
-    return list({file.resolve(): file for file in files}.values())  # named twice, still one image
+    return files
 
 
 def load_images(path: str | Path | Iterable[str | Path], smallest: int = 1,
@@ -547,7 +572,7 @@ def load_images(path: str | Path | Iterable[str | Path], smallest: int = 1,
     `pixels` bounds the memory: of a larger collection, evenly spaced files and their central parts are taken.
     Raises BadInput if nothing usable is left.
     """
-    files = image_files(path)
+    files = list({os.path.realpath(file): file for file in image_files(path)}.values())  # each image once
     most = max(1, min(len(files), pixels // 256 ** 2))
     files = [files[int(i * len(files) / most)] for i in range(int(most))]
     side = int(min(pixels / most, 1e12) ** 0.5)
@@ -562,8 +587,8 @@ def load_images(path: str | Path | Iterable[str | Path], smallest: int = 1,
                 top, left = max(0, height - side) // 2, max(0, width - side) // 2
                 image = image[:, top:top + side, left:left + side].clone()
             images.append(image)
-        except BadInput as problem:
-            print(f"skipped: {problem}", file=sys.stderr)
+        except (BadInput, OSError) as problem:
+            complain(f"skipped: {problem}")
         progress.step()
     if not images:
         raise BadInput(f"none of the {len(files)} images is usable; give photographs of at least "
@@ -572,40 +597,50 @@ def load_images(path: str | Path | Iterable[str | Path], smallest: int = 1,
 
 
 # The words by which benchmarks call their rainy (first group) and their clean images.
-ROLE = re.compile(r"(?<![a-z])(?:(rainy?|input)|no[_ -]?rain|clean|target|gt|ground[_ -]?truth)"
+ROLE = re.compile(r"(?<![a-z])(?:(rainy?|inputs?|lq)|no[_ -]?rain|clean|targets?|gt|hq|ground[_ -]?truth)"
                   r"(?:[_ -]?images?)?(?![a-z])")
 
 
 def pair_files(folder: str | Path) -> tuple[list[tuple[Path, Path]], list[Path]]:
     """The pairs (rainy, clean) of a benchmark as it is unpacked, sorted, and the images without a partner.
 
-    One rule for all layouts.  A word of ROLE tells a file's part: its folder's name (input/, target/), or
-    else one in its own (norain-001).  Without any it is clean, or rainy if it is a version of another (901_1
-    of 901).  Partners share a name, but for such words, suffix and case, and a folder, folders named by such
-    words left out.  Failing that, a version of the clean image will do.
+    One rule for all layouts.  A word of ROLE tells a file's part: the name of a folder that it is in (input/,
+    target/), or else one in its own (norain-001).  Without any it is clean, or rainy if it is a version of
+    another (901_1 of 901).  Partners share their path, but for such folders and words, suffix and case.  If
+    several do, those with the very same file name belong together, and otherwise nobody is guessed at.  A
+    rainy image without a partner takes the clean one that it is a version of, if that has no other.
+    Raises BadInput if the folder is missing or holds no pair.
     """
-    def version_of(name: tuple[Path, str]) -> tuple[Path, str]:
-        return name[0], re.sub(r"_\d+$", "", name[1])
+    def version_of(key: tuple[str, ...]) -> tuple[str, ...]:
+        return *key[:-1], re.sub(r"_\d+$", "", key[-1])
 
     if not Path(folder).is_dir():
         raise BadInput(f"{folder}: no such folder")
-    names, parts = {}, {}
-    for file in sorted(Path(folder).rglob("*")):
-        if file.suffix.lower() in SUFFIXES and file.name[0] != "." and file.is_file():
-            home, stem = file.relative_to(folder).parent, file.stem.lower()
-            named = ROLE.fullmatch(home.name.lower())
-            names[file] = home.parent if named else home, ROLE.sub("", stem).strip("-_ ")
-            parts[file] = named or ROLE.search(stem)
-    known = set(names.values())
-    rainy = {file: name for file, name in names.items()
-             if (parts[file][1] if parts[file] else name != version_of(name) in known)}
-    clean = {name: file for file, name in names.items() if file not in rainy}
-    partners = {file: clean.get(name) or clean.get(version_of(name)) for file, name in rainy.items()}
-    pairs = [(file, partner) for file, partner in partners.items() if partner]
-    if not pairs:
+    keys, roles = {}, {}
+    for file in sorted(filter(is_image, Path(folder).rglob("*"))):
+        *homes, stem = (part.lower() for part in file.relative_to(folder).with_suffix("").parts)
+        keys[file] = *(home for home in homes if not ROLE.fullmatch(home)), ROLE.sub("", stem).strip("-_ ")
+        named = [found for home in homes if (found := ROLE.fullmatch(home))]
+        roles[file] = named[-1] if named else ROLE.search(stem)
+    known, rainy, clean = set(keys.values()), {}, {}
+    for file, key in keys.items():
+        wet = roles[file][1] if roles[file] else key != version_of(key) in known
+        (rainy if wet else clean).setdefault(key, []).append(file)
+    partners = {}
+    for key, files in rainy.items():
+        others = clean.get(key, [])
+        same = {file: other for file in files for other in others if file.name == other.name}
+        files, others = ([f for f in side if f not in {*same, *same.values()}] for side in (files, others))
+        partners |= same | (dict(zip(files, others)) if len(files) == len(others) == 1 else {})
+    taken = set(partners.values())
+    free = {key: files[0] for key, files in clean.items() if len(files) == 1 and files[0] not in taken}
+    for key, files in rainy.items():
+        if key != version_of(key) in free:
+            partners |= {file: free[version_of(key)] for file in files if file not in partners}
+    if not partners:
         raise BadInput(f"{folder}: no pairs of a rainy and a clean image, such as input/1.png and "
                        "target/1.png, rainy/rain-1.png and norain-1.png, or 901_1.jpg and 901.jpg")
-    return pairs, sorted(names.keys() - {file for pair in pairs for file in pair})
+    return sorted(partners.items()), sorted(keys.keys() - partners.keys() - set(partners.values()))
 
 
 def sample_patches(images: list[Tensor], n: int, size: int, rng: np.random.Generator) -> Tensor:
@@ -1196,6 +1231,15 @@ def pretrain(training: Pretraining, images: list[Tensor], steps: int, seed: int 
             after_step(step + 1, -10 * math.log10(mse), (idle < 30).float().mean().item())
 
 
+def prepare(image: Tensor, encoder: Encoder) -> Tensor:
+    """An image in [0, 1] as an encoder takes it: in [-1, 1], and grown until every level can halve it.
+
+    A single pixel at the last level would be too few to normalize over: there are two by two at least.
+    """
+    factor = 2 ** (len(encoder.down) - 1)
+    return 2 * pad_to_multiple(image, factor if min(image.shape[-2:]) > factor else 2 * factor) - 1
+
+
 class VQGANPrior(nn.Module):
     """A pre-trained VQGAN as a restoration network: what it shows is assembled from codes of clean images.
 
@@ -1214,12 +1258,8 @@ class VQGANPrior(nn.Module):
         for part in (self.vqgan.encoder, self.vqgan.quant_conv):
             part.requires_grad_(True)
 
-    def prepare(self, image: Tensor) -> Tensor:
-        """An image in [0, 1] as the VQGAN takes it: in [-1, 1], and of a size that can be halved."""
-        return 2 * pad_to_multiple(image, 2 ** (len(self.vqgan.encoder.down) - 1)) - 1
-
     def forward(self, degraded: Tensor) -> Tensor:
-        restored, _ = self.vqgan(self.prepare(degraded))
+        restored, _ = self.vqgan(prepare(degraded, self.vqgan.encoder))
         return (restored[..., :degraded.shape[2], :degraded.shape[3]] + 1) / 2
 
     def loss(self, degraded: Tensor, clean: Tensor) -> Tensor:
@@ -1231,8 +1271,8 @@ class VQGANPrior(nn.Module):
         out.  Alone it does as well in five trainings of six, and fails in one (tests/prior_losses.py).
         """
         with torch.no_grad():
-            target, _, _ = self.vqgan.quantize(self.teacher(self.prepare(clean)))
-        return F.mse_loss(self.vqgan.encode(self.prepare(degraded)), target)
+            target, _, _ = self.vqgan.quantize(self.teacher(prepare(clean, self.vqgan.encoder)))
+        return F.mse_loss(self.vqgan.encode(prepare(degraded, self.vqgan.encoder)), target)
 
 
 class Autoencoder(nn.Module):
@@ -1242,10 +1282,9 @@ class Autoencoder(nn.Module):
         super().__init__()
         vqgan = VQGAN(**{**PRIOR, **arguments})
         self.layers = nn.Sequential(vqgan.encoder, vqgan.quant_conv, vqgan.post_quant_conv, vqgan.decoder)
-        self.factor = 2 ** (len(vqgan.encoder.down) - 1)
 
     def forward(self, degraded: Tensor) -> Tensor:
-        restored = self.layers(2 * pad_to_multiple(degraded, self.factor) - 1)
+        restored = self.layers(prepare(degraded, self.layers[0]))
         return (restored[..., :degraded.shape[2], :degraded.shape[3]] + 1) / 2
 
 
@@ -1317,8 +1356,10 @@ def save_checkpoint(path: str | Path, network: nn.Module, config: dict, step: in
     content = {"config": config, "step": step, "weights": weights}
     if optimizer:
         content["optimizer"] = optimizer.state_dict()
-    with writing(Path(path)) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
+    with writing(Path(path)) as temporary:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path, networks: dict = NETWORKS) -> tuple[nn.Module, dict]:
@@ -1463,8 +1504,9 @@ def ssim(output: Tensor, clean: Tensor) -> float:
 def evaluate_pair(output: Tensor, rainy: Tensor, clean: Tensor) -> dict[str, float]:
     """decoupled_evaluation of images (n, 3, h, w) in [0, 1] whose rain is known from rainy and clean alone.
 
-    R is rainy - clean, where above 0: what got darker is no rain.  Where a pair was compressed, as .jpg, the
-    traces of that count as rain if they are above RAIN_THRESHOLD in any channel.
+    R is rainy - clean, where above 0: what got darker is no rain.  It is rounded to grey levels, so that 4 of
+    them are never above RAIN_THRESHOLD.  Where a pair was compressed, as .jpg, the traces of that count as
+    rain if they are above it in any channel.
     Adds "psnr_y" and "ssim_y", the field's convention: measured on the luma of BT.601, not rounded.
     """
     def luma(images: Tensor) -> Tensor:  # from 16 / 255 to 235 / 255
@@ -1472,7 +1514,8 @@ def evaluate_pair(output: Tensor, rainy: Tensor, clean: Tensor) -> dict[str, flo
         return (16 + torch.einsum("c,nchw->nhw", weights, images.double())[:, None]) / 255
 
     y = luma(output), luma(clean)
-    return {**decoupled_evaluation(output, rainy, clean, (rainy - clean).clamp(min=0)),
+    rain = (255 * (rainy - clean)).round().clamp(min=0) / 255
+    return {**decoupled_evaluation(output, rainy, clean, rain),
             "psnr_y": psnr(*y), "ssim_y": ssim(*y) if min(clean.shape[-2:]) >= 11 else math.nan}
 
 
@@ -1542,7 +1585,7 @@ def training_and_held_out(paths: list[str] | None, category: str,
         return embedded("backgrounds", TRAINING_IMAGES), embedded("held-out backgrounds", HELD_OUT_IMAGES)
     images = load_images(paths, smallest=TEST_PATCH, pixels=PHOTO_PIXELS)
     if len(images) == 1:
-        print("one photograph cannot be split; the test uses embedded images", file=sys.stderr)
+        tell("one photograph cannot be split; the test uses embedded images", sys.stderr)
         return images, embedded("held-out backgrounds", HELD_OUT_IMAGES)
     order = stream(seed, "split").permutation(len(images))
     held_out = max(1, len(images) // 4)
@@ -2086,11 +2129,16 @@ def figure_prior(claim: Claim, seeds: int, folder: Path) -> Figure:
 # ==========================================================================================================
 
 
-def check_output(path: Path, suffixes: Iterable[str]) -> Path:
-    """Complain before the work, not after it, about a file that cannot be written; returns the path."""
-    parent = next(p for p in path.absolute().parents if p.exists())
+def check_output(path: Path, suffixes: Iterable[str], source: str | Path = "") -> Path:
+    """Complain before the work, not after it, about a file that cannot be written; returns the path.
+
+    source: a file that is needed, and must not be overwritten.
+    """
     if path.is_dir():
         raise BadInput(f"{path} is a folder; name a file in it")
+    if source and os.path.realpath(path) == os.path.realpath(source):
+        raise BadInput(f"{path} is what it is made from; name another file for the output")
+    parent = next(p for p in path.absolute().parents if p.exists())
     if path.suffix.lower() not in suffixes:
         raise BadInput(f"{path} should end in {' or '.join(suffixes)}")
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -2100,7 +2148,8 @@ def check_output(path: Path, suffixes: Iterable[str]) -> Path:
 
 def save_table(rows: list[dict], path: Path) -> None:
     """Write rows as a .csv file."""
-    with writing(path) as temporary, open(temporary, "w", newline="") as file:
+    with writing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
+                                          errors="surrogateescape") as file:
         lines = csv.DictWriter(file, rows[0], lineterminator="\n")
         lines.writeheader()
         for row in rows:
@@ -2112,7 +2161,7 @@ def save_figure(figure: Figure, rows: list[dict], path: Path) -> None:
     save_table(rows, path.with_suffix(".csv"))
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=110, metadata={"Software": None})
-    print(f"wrote {path} and {path.with_suffix('.csv')}")
+    tell(f"wrote {path} and {path.with_suffix('.csv')}")
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -2123,19 +2172,19 @@ def to_picture(image: Tensor) -> Image.Image:
 
 def save_image(image: Tensor, path: Path, original: Path) -> None:
     """Write an image (3, h, w); grey, or with a colour profile, if the original is."""
-    if path.resolve() == original.resolve():
-        raise BadInput(f"{path} is the photograph itself; name another file for the output")
     picture = to_picture(image)
-    with Image.open(original, formats=FORMATS) as source:
+    with warnings.catch_warnings(action="ignore"), Image.open(original, formats=FORMATS) as source:
         profile = source.info.get("icc_profile") if source.mode in ("RGB", "RGBA", "L") else None
-        if source.mode[0] in "1LIF":
+        if source.mode[0] in "1LIF" and source.mode != "LAB":
             picture = picture.convert("L")
     try:
         with writing(path) as temporary:
             picture.save(temporary, quality=95, icc_profile=profile)
+    except BadInput:
+        raise
     except Exception as problem:  # encoders, too, fail in many ways
         raise BadInput(f"{path} cannot be written: {problem}") from None
-    print(f"wrote {path}")
+    tell(f"wrote {path}")
 
 
 def each(label: str, items: Iterable, work: Callable) -> int:
@@ -2146,7 +2195,7 @@ def each(label: str, items: Iterable, work: Callable) -> int:
             work(item)
         except (BadInput, OSError) as problem:
             failed += 1
-            print(f"failed: {problem}", file=sys.stderr)
+            complain(f"failed: {problem}")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{progress.done} of {progress.total} were done") from None
         progress.step()
@@ -2196,7 +2245,7 @@ def command_figures(args: argparse.Namespace) -> None:
 
 
 def command_rain(args: argparse.Namespace) -> None:
-    target = check_output(args.output, SUFFIXES)
+    target = check_output(args.output, SUFFIXES, args.photo)
     image = open_image(args.photo)
     rng = stream(args.seed, "rain command")
     factors = draw_factors(1, RAIN[args.range], rng)
@@ -2259,7 +2308,7 @@ def keep_training(target: Path, resume: bool, network: nn.Module, optimizer: tor
     finally:
         signal.signal(signal.SIGINT, before)
     save_checkpoint(target, network, config, steps)
-    print(f"wrote {target}")
+    tell(f"wrote {target}")
 
 
 def make_prior(target: Path, resume: bool, images: list[Tensor], steps: int, seed: int, device: str) -> VQGAN:
@@ -2284,7 +2333,8 @@ def command_vqgan(args: argparse.Namespace) -> None:
 
 
 def command_train(args: argparse.Namespace) -> None:
-    device, target, vqgan = pick_device(args.device), check_output(args.output, (".pt",)), pick_vqgan(args)
+    device, vqgan = pick_device(args.device), pick_vqgan(args)
+    target = check_output(args.output, (".pt",), args.vqgan)
     if args.backgrounds:
         images = load_images(args.backgrounds, smallest=PATCH, pixels=PHOTO_PIXELS)
     else:
@@ -2304,16 +2354,17 @@ def load_trained(path: Path, device: str) -> nn.Module:
     """A network that `train` wrote, ready for use; says so if its training is unfinished."""
     network, content = load_checkpoint(path)
     if content["step"] < content["config"]["steps"]:
-        print(f"note: {path} is unfinished, at step {content['step']} of {content['config']['steps']}",
-              file=sys.stderr)
+        tell(f"note: {path} is unfinished, at step {content['step']} of {content['config']['steps']}",
+             sys.stderr)
     return network.to(device)
 
 
 def command_restore(args: argparse.Namespace) -> int:
-    network, folder = load_trained(args.model, pick_device(args.device)), args.photo.is_dir()
     if not args.photo.exists():
         raise BadInput(f"{args.photo}: no such photograph or folder")
-    check_output(args.output / "photo.png" if folder else args.output, SUFFIXES)
+    folder = args.photo.is_dir()
+    check_output(args.output / "photo.png" if folder else args.output, SUFFIXES, args.photo)
+    network = load_trained(args.model, pick_device(args.device))
 
     def work(photo: Path, target: Path) -> None:
         image = open_image(photo)
@@ -2325,32 +2376,34 @@ def command_restore(args: argparse.Namespace) -> int:
         return 0
     if args.output.suffix.lower() in SUFFIXES:
         raise BadInput(f"{args.output} looks like a file; the output of a folder is a folder")
-    output = args.output.resolve()
-    if args.photo.resolve().is_relative_to(output):
+    output = Path(os.path.realpath(args.output))
+    if Path(os.path.realpath(args.photo)).is_relative_to(output):
         raise BadInput(f"{args.output} holds the photographs; name another folder for the output")
     targets = {photo: args.output / photo.relative_to(args.photo) for photo in image_files(args.photo)
-               if not photo.resolve().is_relative_to(output)}
-    missing = [item for item in targets.items() if not item[1].exists()]
+               if not Path(os.path.realpath(photo.parent)).is_relative_to(output)}
+    missing = [item for item in targets.items() if not item[1].is_file()]
     failed = each("restoring photographs", missing, lambda item: work(*item))
-    print(f"{args.output}: {len(missing) - failed} photographs restored, {len(targets) - len(missing)} there "
-          f"already, {failed} failed")
-    return 0 if not failed else 1 if failed < len(targets) else 2
+    tell(f"{args.output}: {len(missing) - failed} photographs restored, {len(targets) - len(missing)} there "
+         f"already, {failed} failed")
+    return 2 if failed and failed == len(targets) else 0
 
 
 def command_evaluate(args: argparse.Namespace) -> int:
     if args.csv:
         check_output(args.csv, (".csv",))
-    if args.save:
-        check_output(args.save / "output.png", (".png",))
     networks, device = {"rainy input": lambda image: image}, pick_device(args.device)
     for path in args.models:
         if path.stem in networks:
             raise BadInput(f"two models are called {path.stem}, which is what tells them apart; rename one")
         networks[path.stem] = partial(restore, load_trained(path, device), quiet=True)
+        if args.save:
+            check_output(args.save / path.stem / "output.png", (".png",))
+            if Path(os.path.realpath(args.save / path.stem)).is_relative_to(os.path.realpath(args.pairs)):
+                raise BadInput(f"--save {args.save} would mix outputs with the pairs; name another folder")
     pairs, alone = pair_files(args.pairs)
     for file in alone:
-        print(f"failed: {file} has no partner", file=sys.stderr)
-    rows, failed = [], len(alone)
+        complain(f"failed: {file} has no partner")
+    rows, saved = [], [pair[0].relative_to(args.pairs).with_suffix(".png") for pair in pairs]
 
     def work(pair: tuple[Path, Path]) -> None:
         rainy, clean = map(open_image, pair)
@@ -2358,16 +2411,18 @@ def command_evaluate(args: argparse.Namespace) -> int:
             raise BadInput("{} is {}x{} pixels, {} {}x{}".format(
                 pair[0], *rainy.shape[:0:-1], pair[1], *clean.shape[:0:-1]))
         name, measured = pair[0].relative_to(args.pairs), []
+        clash = saved.count(name.with_suffix(".png")) > 1  # as of 1.png and 1.jpg
         for label, network in networks.items():
             output = network(rainy)
             measured.append({"file": str(name), "output": label,
                              **evaluate_pair(output[None], rainy[None], clean[None])})
             if args.save and output is not rainy:
-                save_image(output, args.save / label / name.with_suffix(".png"), pair[0])
+                target = args.save / label / name
+                save_image(output, Path(f"{target}.png") if clash else target.with_suffix(".png"), pair[0])
         rows.extend(measured)
 
     try:
-        failed += each("evaluating pairs", pairs, work)
+        each("evaluating pairs", pairs, work)
     finally:  # Ctrl-C, too, leaves what was finished
         if rows:
             numbers = torch.tensor([list(row.values())[2:] for row in rows], dtype=torch.float64)
@@ -2380,8 +2435,8 @@ def command_evaluate(args: argparse.Namespace) -> int:
                                "psnr": ".2f", "ssim": ".3f", "psnr_y": ".2f", "ssim_y": ".3f"}))
             if args.csv:
                 save_table(rows, args.csv)
-                print(f"wrote {args.csv}")
-    return 0 if not failed else 1 if rows else 2
+                tell(f"wrote {args.csv}")
+    return 0 if rows else 2
 
 
 def command_reproduce(args: argparse.Namespace) -> None:
@@ -2501,7 +2556,7 @@ def report(claims: dict[str, Claim], seeds: int, folder: Path, out: Path) -> Non
         save_figure(draw(claim, seeds, folder), claim_rows(claim, seeds, folder), out / f"{name}.png")
     path = out / ("verdicts.csv" if len(claims) == len(CLAIMS) else f"verdicts-{'-'.join(claims)}.csv")
     save_table(list(itertools.chain(*verdicts.values())), path)
-    print(f"wrote {path}")
+    tell(f"wrote {path}")
     for name, claim in claims.items():
         print(f"\n{name}: {claim.statement}")
         print(table(verdicts[name], {"metric": "", "tested_on": "", "panel": "", "effect": "+.2f",
@@ -2622,21 +2677,24 @@ def main(arguments: list[str] | None = None) -> int:
     0: all done; 1: some files of many failed; 2: bad input, nothing was done; 130: Ctrl-C.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    args = make_parser().parse_args(words)
+    args, complain.count = make_parser().parse_args(words), 0
     try:
         if args.run is not command_headline and words[0].startswith("-"):
             raise BadInput("options belong behind the command, not before it")
-        return args.run(args) or 0
-    except BrokenPipeError:  # who read the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return args.run(args) or int(complain.count > 0)
     except (BadInput, OSError) as problem:
-        print(f"derain.py: {problem}", file=sys.stderr)
+        tell(f"derain.py: {problem}", sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\nstopped: {stop if stop.args else 'nothing was written'}", file=sys.stderr)
+        print(file=sys.stderr)
+        tell(f"stopped: {stop if stop.args else 'nothing was written'}", sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = (out or open(os.devnull, "w") for out in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="backslashreplace")  # of names that are no text
+    if hasattr(signal, "SIGPIPE"):  # who read the output, such as head, has seen enough: end as others do
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    warnings.simplefilter("ignore")  # of libraries, about files that are odd, but can be read
     sys.exit(main())

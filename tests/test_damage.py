@@ -4,6 +4,7 @@ Whatever the file: never a traceback, one line that names it, never half a file,
 exit status that says so.
 """
 
+import errno
 import io
 import struct
 import zlib
@@ -229,7 +230,7 @@ def test_training(command, call, damaged, tmp_path, monkeypatch):
         monkeypatch.setattr(derain, name, value)
     status, lines = outcome(call(command, "--backgrounds", damaged, "--steps", 1, "-o", tmp_path / "a.pt"))
     failed = named(lines, "skipped: ")
-    assert status == 0 and files_in(tmp_path) == {"a.pt"}
+    assert status == 1 and files_in(tmp_path) == {"a.pt"}
     check(failed - {n for n in FILES if "one-pixel" in n or "thin" in n}, set(FILES) - failed,
           [n for n in FILES if not ("one-pixel" in n or "thin" in n)])
     bad = [damaged / name for name, (_, good) in FILES.items() if good is False]
@@ -244,3 +245,33 @@ def test_what_a_format_cannot_hold(kind, width, call, tmp_path):
     status, lines = outcome(call("rain", tmp_path / "wide.png", "-o", tmp_path / f"wide.{kind}"))
     assert status == 2 and "wide." in lines[-1] and "cannot be written" in lines[-1]
     assert files_in(tmp_path) == {"wide.png"}
+
+
+def test_links_that_lead_nowhere_and_folders_that_look_like_images(call, model, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "album.png").mkdir(parents=True)
+    Image.new("RGB", (8, 9)).save(photos / "album.png" / "good.png")
+    (photos / "loop.png").symlink_to(photos / "loop.png")
+    (photos / "new\nline.png").write_text("no image")
+    status, lines = outcome(call("restore", model, photos, "-o", tmp_path / "out"))
+    assert status == 1 and len(lines) == 2 and "loop.png" in lines[0] and "new line.png" in lines[1]
+    assert files_in(tmp_path / "out") == {"album.png/good.png"}
+
+
+def test_a_disk_that_is_full(call, model, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 9)).save(tmp_path / "a.png")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(derain.os, "replace", full)
+    for command in (("rain", tmp_path / "a.png", "-o", tmp_path / "b.png"), ("train", "--n", 4, "--steps", 1, "-o", tmp_path / "m.pt")):
+        status, lines = outcome(call(*command))
+        assert status == 2 and len(lines) == 1 and "cannot be written: No space left" in lines[0] and str(command[-1]) in lines[0]
+    assert files_in(tmp_path) == {"a.png"}
+
+
+def test_names_as_long_as_they_may_be(call, model, tmp_path):
+    photo = tmp_path / ("ü" * 125 + ".png")  # 254 bytes
+    Image.new("RGB", (8, 9)).save(photo)
+    assert outcome(call("restore", model, photo, "-o", tmp_path / ("ö" * 125 + ".png"))) == (0, [])

@@ -2,6 +2,11 @@
 
 import csv
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ import torch
 from PIL import Image
 
 import derain
+from conftest import ROOT
 from test_evaluation import loop_ssim
 
 LAYOUTS = {  # rainy file: its clean file; "" if it has none
@@ -24,6 +30,10 @@ LAYOUTS = {  # rainy file: its clean file; "" if it has none
     "cases": {"INPUT/A.PNG": "Target/a.png", "rainy/RAIN-7.png": "NORAIN-7.PNG"},
     "nested": {"Rain100L/input/1.png": "Rain100L/target/1.png", "Rain100H/rainy/rain-1.png": "Rain100H/norain-1.png",
                "Rain1400/test/rainy_image/1_1.jpg": "Rain1400/test/ground_truth/1.jpg", "plain/3_1.jpg": "plain/3.jpg"},
+    "roles above": {"input/A/1.png": "target/A/1.png", "input/B/1.png": "target/B/1.png", "lq/2.png": "GT/2.png"},
+    "the same name first": {"input/1.jpg": "target/1.jpg", "input/1.png": "target/1.png", "input/2.png": "target/2.png",
+                            "input/2_1.png": "", "input/clean.png": "target/clean.png", "input/rain.png": "target/rain.png"},
+    "who is meant": {"input/1.jpg": "", "input/1.png": "", "target/1.bmp": "", "rain-2.png": "norain-2.png"},
     "no partner": {"input/1.png": "target/1.png", "input/2.png": "", "rainy/rain-9.png": ""},
 }
 
@@ -34,6 +44,7 @@ def test_pairs_of_every_layout(layout, tmp_path):
     for name in {*layout, *layout.values(), "lonely/target/5.png", "notes.txt", "input/.hidden.png"} - {""}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
+    (folder / "x.png").mkdir()  # no image
     pairs, alone = derain.pair_files(folder)
     assert {str(a.relative_to(folder)): str(b.relative_to(folder)) for a, b in pairs} == {a: b for a, b in layout.items() if b}
     assert sorted(str(f.relative_to(folder)) for f in alone) == sorted(["lonely/target/5.png", *(a for a, b in layout.items() if not b)])
@@ -120,6 +131,45 @@ def test_only_what_is_brighter_is_rain():
     measured = derain.evaluate_pair(clean, rainy, clean)
     assert measured["E_R"] == measured["E_R_ideal"] == pytest.approx(20, rel=1e-5) and measured["E_B"] == 0
     assert derain.evaluate_pair(rainy, rainy, clean)["E_B"] == pytest.approx(20, rel=1e-5)
+
+
+def test_four_levels_of_rain_are_four_levels_on_any_background():
+    """In float32 the difference of two grey levels depends on the levels; the mask must not."""
+    clean = torch.arange(200, dtype=torch.float32).expand(1, 3, 200, 200).contiguous()
+    rain = torch.where(torch.arange(200)[:, None] % 2 == 0, 4.0, 44.0).expand(200, 200)
+    measured = derain.evaluate_pair(clean / 255, (clean + rain) / 255, clean / 255)
+    assert measured["E_R_ideal"] == pytest.approx(44, rel=1e-5) and measured["E_B"] == 0
+
+
+def test_outputs_are_kept_apart_from_one_another_and_from_the_pairs(call, bench, tmp_path):
+    pairs, (model, _) = bench
+    folder = tmp_path / "pairs"
+    for part in ("input", "target"):
+        (folder / part).mkdir(parents=True)
+        for name in ("1.png", "1.jpg", "2.jpg"):
+            Image.open(pairs / "rainy" / "rain-1.png").save(folder / part / name)
+    done = call("evaluate", model, "--pairs", folder, "--save", tmp_path / "kept")
+    assert done.returncode == 0 and "mean of 3" in done.stdout
+    assert sorted(f.name for f in (tmp_path / "kept").rglob("*.png")) == ["1.jpg.png", "1.png.png", "2.png"]
+    (tmp_path / "one").mkdir()
+    folder.rename(tmp_path / "one" / "one")  # called as the model: its outputs would lie among the pairs
+    for save in (tmp_path / "one", tmp_path / "one" / "one" / "deeper"):
+        done = call("evaluate", model, "--pairs", tmp_path / "one" / "one", "--save", save)
+        assert done.returncode == 2 and "another folder" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_names_that_are_no_text_and_readers_who_leave(run, bench, tmp_path):
+    pairs, (model, _) = bench
+    for part, name in ((b"input", "rainy/rain-1.png"), (b"target", "norain-1.png")):
+        os.makedirs(os.path.join(os.fsencode(tmp_path), b"p", part))
+        shutil.copy(pairs / name, os.path.join(os.fsencode(tmp_path), b"p", part, b"b\xff.png"))
+    done = run("evaluate", model, "--pairs", tmp_path / "p", "--csv", tmp_path / "t.csv", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "mean of 1" in done.stdout, done.stderr
+    assert b"input/b\xff.png" in (tmp_path / "t.csv").read_bytes()
+    job = subprocess.Popen([sys.executable, ROOT / "derain.py", "evaluate", model, "--pairs", pairs], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job.stdout.close()
+    assert job.wait() == -signal.SIGPIPE and job.stderr.read() == ""  # as other programs end, and not with 0
 
 
 def test_what_fails_is_named_and_the_rest_goes_on(call, bench, tmp_path):

@@ -101,10 +101,10 @@ WRONG = (
     ("VQGANPrior.forward", "cropped at the wrong side", "[..., :degraded.shape[2], :degraded.shape[3]]",
      "[..., -degraded.shape[2]:, -degraded.shape[3]:]"),
     ("VQGANPrior.loss", "the latent, not its codes, as target", "target, _, _ = self.vqgan.quantize("
-     "self.teacher(self.prepare(clean)))", "target = self.teacher(self.prepare(clean))"),
+     "self.teacher(prepare(clean, self.vqgan.encoder)))", "target = self.teacher(prepare(clean, self.vqgan.encoder))"),
     ("VQGANPrior.loss", "taught by itself", "self.teacher(", "self.vqgan.encode("),
-    ("VQGANPrior.loss", "images in [0, 1]", "self.vqgan.encode(self.prepare(degraded))",
-     "self.vqgan.encode((self.prepare(degraded) + 1) / 2)"),
+    ("VQGANPrior.loss", "images in [0, 1]", "self.vqgan.encode(prepare(degraded, self.vqgan.encoder))",
+     "self.vqgan.encode((prepare(degraded, self.vqgan.encoder) + 1) / 2)"),
     ("training_patches", "few that are not among the many", "max(run.n, NUMBERS[-1])", "run.n"),
     ("training_patches", "low and high swapped", '"low": 0, "middle": run.n, "high": 2 * run.n',
      '"low": 2 * run.n, "middle": run.n, "high": 0'),

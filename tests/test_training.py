@@ -25,8 +25,8 @@ def weights_of(network):
 @pytest.mark.parametrize("name", derain.NETWORKS)
 def test_networks_keep_the_size_and_the_seed(name):
     network = derain.build_network(name, 3)
-    for size in ((1, 1), (5, 8), (40, 40)):
-        assert network(torch.rand(2, 3, *size)).shape == (2, 3, *size)
+    for shape in ((1, 3, 1, 1), (2, 3, 1, 1), (1, 3, 4, 4), (1, 3, 4, 9), (2, 3, 5, 8), (2, 3, 40, 40)):
+        assert network(torch.rand(shape)).shape == shape
     before = torch.get_rng_state()
     assert torch.equal(weights_of(network), weights_of(derain.build_network(name, 3)))
     assert not torch.equal(weights_of(network), weights_of(derain.build_network(name, 4)))
