@@ -1249,6 +1249,7 @@ class VQGANPrior(nn.Module):
     """
 
     rate = 5e-4  # a learning rate that does not wipe out what the encoder knows already
+    tile = 256  # for `restore`: where every pixel looks at all others, twice the side is 16 times the work
 
     def __init__(self, vqgan: VQGAN | dict | None = None):
         super().__init__()
@@ -1277,6 +1278,8 @@ class VQGANPrior(nn.Module):
 
 class Autoencoder(nn.Module):
     """The prior's encoder and decoder without codebook and pre-training: what the architecture does alone."""
+
+    tile = VQGANPrior.tile
 
     def __init__(self, **arguments):
         super().__init__()
@@ -1527,14 +1530,15 @@ def predict(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(chunk).clamp(0, 1).cpu() for chunk in chunks])
 
 
-def restore(network: nn.Module, image: Tensor, tile: int = 512, overlap: int = 48,
+def restore(network: nn.Module, image: Tensor, tile: int = 0, overlap: int = 48,
             quiet: bool = False) -> Tensor:
     """Restore one image (3, h, w) in [0, 1] of any size, by overlapping tiles, so that memory stays bounded.
 
     Near the inner edges of a tile the network misses what lies beyond.  So in the overlap of two tiles the
     outer third of each does not count, and across the middle third the one fades into the other.
+    tile: their side in pixels; 0 is what suits the network.
     """
-    output, third = torch.empty(image.shape), overlap // 3
+    output, third, tile = torch.empty(image.shape), overlap // 3, tile or getattr(network, "tile", 512)
     tops, lefts = (range(0, max(side - overlap, 1), tile - overlap) for side in image.shape[1:])
     progress = Progress("restoring tiles", len(tops) * len(lefts))
 
@@ -1748,8 +1752,11 @@ def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) ->
 
 
 def figure_decoupled(tested: dict[str, Tensor]) -> tuple[Figure, list[dict]]:
-    """E_R and E_B explained on the first image that few_against_many tested, and the numbers shown."""
-    output, rainy, clean, rain = (tested[key][:1] for key in ("few", "rainy", "clean", "rain"))
+    """E_R and E_B explained on the second image that few_against_many tested, and the numbers shown.
+
+    (On the first, E_R happens to be that of a perfect output: here too little changed, there too much.)
+    """
+    output, rainy, clean, rain = (tested[key][1:2] for key in ("few", "rainy", "clean", "rain"))
     measured = decoupled_evaluation(output, rainy, clean, rain)
     mask = rain_mask(rain)[0, 0]
     changed, broken = (255 * (output - other)[0].square().mean(0).sqrt() for other in (rainy, clean))
@@ -2283,11 +2290,11 @@ def keep_training(target: Path, resume: bool, network: nn.Module, optimizer: tor
                 raise BadInput(f"{target} was trained with {key} {content['config'].get(key)}, not {value}; "
                                "repeat the options of then, or delete it to begin anew")
         start = content["step"]
+        network.load_state_dict(saved.state_dict())
         if start == steps:
             print(f"{target} is complete: all {start} steps are done")
             return
         try:
-            network.load_state_dict(saved.state_dict())
             optimizer.load_state_dict(content["optimizer"])
         except Exception:
             raise BadInput(f"{target} lacks the optimizer's state; delete it to begin anew") from None
@@ -2339,10 +2346,10 @@ def command_train(args: argparse.Namespace) -> None:
         images = load_images(args.backgrounds, smallest=PATCH, pixels=PHOTO_PIXELS)
     else:
         images, _ = training_and_held_out(None, args.category, args.seed)
-    patches = sample_patches(images, args.n, PATCH, stream(args.seed, "patches"))
+    patches = training_patches(Run(args.n, sharpness=args.sharpness, seed=args.seed), images)
     config = {"net": args.net, "arguments": {"vqgan": vqgan_arguments(vqgan.state_dict())} if vqgan else {},
-              "n": args.n, "rain": args.rain, "steps": args.steps, "seed": args.seed,
-              "backgrounds": digest(patches)}
+              "n": args.n, "sharpness": args.sharpness, "rain": args.rain, "steps": args.steps,
+              "seed": args.seed, "backgrounds": digest(patches)}
     network = build_network(args.net, args.seed, **({"vqgan": vqgan} if vqgan else {})).to(device)
     optimizer = make_optimizer(network)
     keep_training(target, args.resume, network, optimizer, config, lambda start, after_step: train(
@@ -2586,6 +2593,8 @@ def make_parser() -> argparse.ArgumentParser:
         "few": dict(type=whole(1), default=8, metavar="N", help="backgrounds of one network"),
         "many": dict(type=whole(2), default=1024, metavar="N", help="backgrounds of the other"),
         "n": dict(type=whole(1), default=64, metavar="N", help="number of distinct background patches"),
+        "sharpness": dict(choices=("any", "low", "middle", "high"), default="low",
+                          help="any: N patches; else: of 3 N, the N of that third by sharpness"),
         "backgrounds": dict(nargs="+", metavar="PATH", help="photographs (files, folders) to use instead"),
         "category": dict(choices=(*BACKGROUNDS, "all"), default="faces", help="embedded images to use"),
         "net": dict(choices=NETWORKS, default="resnet", help="which network"),
@@ -2643,8 +2652,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_options(command, "range", "seed")
     command = add_command(command_train, "train a network and keep it",
                           "train --backgrounds photos/ -o model.pt", "the checkpoint, a .pt file")
-    add_options(command, "n", "resume", "net", "vqgan", "backgrounds", "category", "steps", "seed", "device",
-                rain={"default": "large"})  # what shows the effect best is not what serves best
+    add_options(command, "n", "sharpness", "resume", "net", "vqgan", "backgrounds", "category", "steps",
+                "seed", "device", rain={"default": "large"})  # the main job's shows the effect, this serves
     command = add_command(command_vqgan, "pre-train the content prior, a VQGAN, on clean images",
                           "vqgan --backgrounds photos/ -o vqgan.pt", "the VQGAN, a .pt file")
     add_options(command, "resume", "backgrounds", "category", "seed", "device", steps={"default": 3500})

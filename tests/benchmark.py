@@ -74,7 +74,7 @@ def bench_inference(repeats: int) -> None:
             (1, 1000, 1000, ("target: under 1.2", "")), (12, 3000, 4000, ("", "target: under 1")),
         ):
             if (net, megapixels) == ("prior", 12):
-                continue  # a quarter of an hour; memory hardly grows, as tiles stay as they are
+                continue  # two minutes; memory hardly grows, as tiles stay as they are
             runs = repeats if megapixels == 1 else 1  # (12 megapixels have 63 tiles, which repeat by themselves)
             taken, memory = child(INFERENCE.format(net=net, height=height, width=width, repeats=runs))
             if net != "resnet":

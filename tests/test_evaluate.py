@@ -257,6 +257,17 @@ def test_compare_shows_both(call, bench, tmp_path):
     assert np.array_equal(both, np.concatenate([before, alone], axis=1))
 
 
-def test_train_has_the_recommended_rain_and_the_main_job_its_own():
+def test_train_has_the_recommended_recipe_and_the_main_job_its_own():
     parse = derain.make_parser().parse_args
-    assert parse(["train", "-o", "a.pt"]).rain == "large" and parse([]).rain == "small"
+    train = parse(["train", "-o", "a.pt"])
+    assert (train.rain, train.sharpness, train.n) == ("large", "low", 64) and parse([]).rain == "small"
+
+
+def test_simple_backgrounds_are_the_least_sharp(call, photos, tmp_path, monkeypatch):
+    taken = {}
+    for third in ("any", "low", "high"):
+        monkeypatch.setattr(derain, "train", lambda network, patches, *_, **__: taken.update({third: patches}) or [])
+        assert call("train", "--backgrounds", photos, "--n", 6, "--sharpness", third, "-o", tmp_path / "a.pt").returncode == 0
+    assert all(len(patches) == 6 for patches in taken.values())
+    low, some, high = (derain.sharpness(taken[third]).mean() for third in ("low", "any", "high"))
+    assert low < some < high

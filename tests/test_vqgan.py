@@ -310,6 +310,8 @@ def test_an_interrupted_pretraining_goes_on_to_the_same_bytes(tmp_path, monkeypa
 def test_the_prior_from_the_command_line(call, photos, tmp_path):
     made = call("vqgan", "--backgrounds", photos, "--steps", 2, "-o", tmp_path / "vqgan.pt")
     assert made.returncode == 0 and "dB" in made.stdout and derain.load_vqgan(tmp_path / "vqgan.pt")
+    again = call("vqgan", "--backgrounds", photos, "--steps", 2, "-o", tmp_path / "vqgan.pt", "--resume")
+    assert "complete" in again.stdout and made.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
     train = ("train", "--backgrounds", photos, "--steps", 2, "--n", 4, "-o", tmp_path / "prior.pt", "--net", "prior")
     refused = call(*train)
     assert refused.returncode == 2 and "--vqgan" in refused.stderr and refused.stderr.count("\n") == 1
