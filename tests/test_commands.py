@@ -194,9 +194,11 @@ def test_help_has_defaults_and_an_example(command, capsys):
 def test_import_is_quick_and_quiet():
     """Under three seconds of computing (not of waiting: other programs may be running)."""
     code = "import time; t = time.process_time(); import derain; print(time.process_time() - t)"
-    seconds = [float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout)
-               for _ in range(2)]
-    assert min(seconds) < 3
+
+    def seconds():
+        return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout)
+
+    assert seconds() < 3 or seconds() < 3  # one bad moment is forgiven
 
 
 def test_an_unfinished_checkpoint_without_its_optimizer_is_refused(small, tmp_path, capsys):
