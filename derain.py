@@ -1637,10 +1637,10 @@ def training_patches(run: Run, images: list[Tensor]) -> Tensor:
 def measure(run: Run, training: list[Tensor], held_out: list[Tensor], vqgan: VQGAN | None = None,
             patches: tuple[int, int] = (GRID_PATCHES, GRID_PATCH),
             after_step: Callable[[int, float], None] | None = None) -> tuple[list[dict], dict[str, dict]]:
-    """Train as `run` says, and test on patches (number, side) held out, first of all in the unseen.
+    """Train as `run` says, and test on patches (number, side) held out, in unseen rains first.
 
-    vqgan: for the prior.  Returns a row {"tested_on", "E_R", ...} for each kind of degradation, and for each
-    kind its images (n, 3, h, w) {"degraded", "output", "clean"} and its "residual" (see Degradation).
+    vqgan: for the prior.  Returns rows {"tested_on", "E_R", ...}, one for each kind of degradation; and for
+    each kind its images (n, 3, h, w) {"degraded", "output", "clean"} and its "residual" (see Degradation).
     """
     arguments = {"vqgan": vqgan} if run.net == "prior" else dict(run.arguments)
     network = build_network(run.net, run.seed, **arguments).to(run.device)
@@ -1837,7 +1837,7 @@ def figure_backgrounds(seed: int = 0) -> tuple[Figure, list[dict]]:
 # backgrounds, as in the main job; 2, to see the background break; 64, in between, also for each third by
 # sharpness.  800 steps, and fewer and smaller test patches than the main job's, because timed runs said that
 # the whole grid then takes an hour on two slow cores.  Quick: what ten minutes of one core allow.
-# (Results are kept under the name of their Run.  Whoever changes more than that should delete runs/.)
+# (Results are kept under the name of their Run.  Whoever changes more than that needs a new folder: --runs.)
 
 PRETRAINING = 5  # steps of pre-training a VQGAN for each step of training a network
 SEEDS = 5
@@ -2000,8 +2000,8 @@ def verdict_rows(name: str, claim: Claim, seeds: int, folder: Path) -> list[dict
         panels = {"every panel": list(claim.panels.values())} if len(claim.panels) > 1 else {}
         panels |= {label: [runs] for label, runs in claim.panels.items()}
         for label, parts in panels.items():
-            def effect(metric: str) -> np.ndarray:  # (parts, seeds)
-                return np.array([results(runs, tested, metric, seeds, folder)
+            def effect(measure: str) -> np.ndarray:  # (parts, seeds)
+                return np.array([results(runs, tested, measure, seeds, folder)
                                  @ [claim.effect.get(getattr(run, claim.x), 0) for run in runs]
                                  for runs in parts])
             found = effect(metric)
@@ -2284,7 +2284,7 @@ def keep_training(target: Path, resume: bool, network: nn.Module, optimizer: tor
     except BadInput:
         if resume:
             raise
-    if resume or "optimizer" in content:
+    if resume or "optimizer" in content:  # which a finished one does not hold
         for key, value in config.items():
             if content["config"].get(key) != value:
                 raise BadInput(f"{target} was trained with {key} {content['config'].get(key)}, not {value}; "
@@ -2482,7 +2482,7 @@ def command_reproduce(args: argparse.Namespace) -> None:
         elif do_runs(missing, load, args.runs):
             report(claims, seeds, args.runs, args.out)
             if taste:
-                print(f"\nOnly{taste}: the claims are tested with {SEEDS} seeds and {STEPS} steps.")
+                print(f"\nThis was a taste: the claims are tested with {SEEDS} seeds and {STEPS} steps.")
     finally:
         torch.set_num_threads(threads)
 
@@ -2595,7 +2595,8 @@ def make_parser() -> argparse.ArgumentParser:
         "n": dict(type=whole(1), default=64, metavar="N", help="number of distinct background patches"),
         "sharpness": dict(choices=("any", "low", "middle", "high"), default="low",
                           help="any: N patches; else: of 3 N, the N of that third by sharpness"),
-        "backgrounds": dict(nargs="+", metavar="PATH", help="photographs (files, folders) to use instead"),
+        "backgrounds": dict(nargs="+", metavar="PATH",
+                            help="photographs (files, folders), instead of embedded images"),
         "category": dict(choices=(*BACKGROUNDS, "all"), default="faces", help="embedded images to use"),
         "net": dict(choices=NETWORKS, default="resnet", help="which network"),
         "vqgan": dict(metavar="FILE", help="pre-trained VQGAN, for --net prior: ours or a published one"),
@@ -2683,7 +2684,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
-    0: all done; 1: some files of many failed; 2: bad input, nothing was done; 130: Ctrl-C.
+    0: all done; 1: some files of many failed; 2: bad input, or nothing could be done; 130: Ctrl-C.
     """
     words = sys.argv[1:] if arguments is None else arguments
     args, complain.count = make_parser().parse_args(words), 0
