@@ -50,8 +50,8 @@ def test_the_main_job_on_photographs(call, small, photos, tmp_path):
     assert "photographs: 5 to cut training patches from, 1 held out" in done.stdout and "large" in done.stdout
 
 
-def test_figures(run, tmp_path):
-    done = run("figures", "--out", tmp_path)
+def test_figures(call, tmp_path):
+    done = call("figures", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert files_in(tmp_path) == ["backgrounds.csv", "backgrounds.png", "rain.csv", "rain.png"]
     with open(tmp_path / "rain.csv") as file:

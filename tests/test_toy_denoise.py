@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -374,7 +375,8 @@ def read_csv(path: Path) -> dict:
 
 def test_same_seed_same_bytes_and_the_table_is_what_was_measured(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)                              # one folder is there already, one is not
-    runs = [run("--seeds", 2, "--steps", 3, *more, cwd=tmp_path) for more in ((), ("--out", "a/b"))]
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda more: run("--seeds", 2, "--steps", 3, *more, cwd=tmp_path), ((), ("--out", "a/b"))))
     for done, folder in zip(runs, ("figures", "a/b")):
         assert done.returncode == 0 and "Traceback" not in done.stderr
         assert f"wrote {folder}/toy.csv" in done.stdout and f"wrote {folder}/toy.png" in done.stdout

@@ -53,7 +53,7 @@ def test_resnet_adds_its_blocks():
 
 def test_training_lowers_the_loss_and_repeats_to_the_bit(backgrounds):
     networks = [derain.build_network("resnet", 0) for _ in range(2)]
-    losses = [derain.train(network, backgrounds, SMALL_RAIN, 120, 5) for network in networks]
+    losses = [derain.train(network, backgrounds, SMALL_RAIN, 80, 5) for network in networks]
     assert losses[0] == losses[1]
     assert torch.equal(weights_of(networks[0]), weights_of(networks[1]))
     assert np.mean(losses[0][-20:]) < 0.6 * np.mean(losses[0][:5])
