@@ -43,7 +43,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -619,24 +619,28 @@ def pair_files(folder: str | Path) -> tuple[list[tuple[Path, Path]], list[Path]]
     keys, roles = {}, {}
     for file in sorted(filter(is_image, Path(folder).rglob("*"))):
         *homes, stem = (part.lower() for part in file.relative_to(folder).with_suffix("").parts)
-        keys[file] = *(home for home in homes if not ROLE.fullmatch(home)), ROLE.sub("", stem).strip("-_ ")
-        named = [found for home in homes if (found := ROLE.fullmatch(home))]
+        keys[file] = (*(home for home in homes if not ROLE.fullmatch(home)), ROLE.sub("", stem).strip("-_ "))
+        named = [ROLE.fullmatch(home) for home in homes if ROLE.fullmatch(home)]
         roles[file] = named[-1] if named else ROLE.search(stem)
-    known, rainy, clean = set(keys.values()), {}, {}
+    known, rainy, clean = set(keys.values()), defaultdict(list), defaultdict(list)
     for file, key in keys.items():
-        wet = roles[file][1] if roles[file] else key != version_of(key) in known
-        (rainy if wet else clean).setdefault(key, []).append(file)
+        original = version_of(key)
+        wet = roles[file][1] if roles[file] else original != key and original in known
+        group = rainy if wet else clean
+        group[key].append(file)
     partners = {}
     for key, files in rainy.items():
-        others = clean.get(key, [])
-        same = {file: other for file in files for other in others if file.name == other.name}
-        files, others = ([f for f in side if f not in {*same, *same.values()}] for side in (files, others))
-        partners |= same | (dict(zip(files, others)) if len(files) == len(others) == 1 else {})
+        same = {file: other for file in files for other in clean[key] if file.name == other.name}
+        files = [file for file in files if file not in same]
+        others = [other for other in clean[key] if other not in same.values()]
+        partners |= same
+        if len(files) == len(others) == 1:
+            partners[files[0]] = others[0]
     taken = set(partners.values())
-    free = {key: files[0] for key, files in clean.items() if len(files) == 1 and files[0] not in taken}
     for key, files in rainy.items():
-        if key != version_of(key) in free:
-            partners |= {file: free[version_of(key)] for file in files if file not in partners}
+        original = version_of(key)
+        if original != key and len(clean[original]) == 1 and clean[original][0] not in taken:
+            partners |= {file: clean[original][0] for file in files if file not in partners}
     if not partners:
         raise BadInput(f"{folder}: no pairs of a rainy and a clean image, such as input/1.png and "
                        "target/1.png, rainy/rain-1.png and norain-1.png, or 901_1.jpg and 901.jpg")
@@ -2184,13 +2188,11 @@ def save_image(image: Tensor, path: Path, original: Path) -> None:
         profile = source.info.get("icc_profile") if source.mode in ("RGB", "RGBA", "L") else None
         if source.mode[0] in "1LIF" and source.mode != "LAB":
             picture = picture.convert("L")
-    try:
-        with writing(path) as temporary:
+    with writing(path) as temporary:
+        try:
             picture.save(temporary, quality=95, icc_profile=profile)
-    except BadInput:
-        raise
-    except Exception as problem:  # encoders, too, fail in many ways
-        raise BadInput(f"{path} cannot be written: {problem}") from None
+        except Exception as problem:  # encoders, too, fail in many ways
+            raise BadInput(f"{path} cannot be written: {problem}") from None
     tell(f"wrote {path}")
 
 
@@ -2410,7 +2412,7 @@ def command_evaluate(args: argparse.Namespace) -> int:
     pairs, alone = pair_files(args.pairs)
     for file in alone:
         complain(f"failed: {file} has no partner")
-    rows, saved = [], [pair[0].relative_to(args.pairs).with_suffix(".png") for pair in pairs]
+    rows, saved = [], Counter(pair[0].relative_to(args.pairs).with_suffix(".png") for pair in pairs)
 
     def work(pair: tuple[Path, Path]) -> None:
         rainy, clean = map(open_image, pair)
@@ -2418,7 +2420,7 @@ def command_evaluate(args: argparse.Namespace) -> int:
             raise BadInput("{} is {}x{} pixels, {} {}x{}".format(
                 pair[0], *rainy.shape[:0:-1], pair[1], *clean.shape[:0:-1]))
         name, measured = pair[0].relative_to(args.pairs), []
-        clash = saved.count(name.with_suffix(".png")) > 1  # as of 1.png and 1.jpg
+        clash = saved[name.with_suffix(".png")] > 1  # as of 1.png and 1.jpg
         for label, network in networks.items():
             output = network(rainy)
             measured.append({"file": str(name), "output": label,
