@@ -27,6 +27,7 @@ import pickle
 import re
 import sys
 import time
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -454,11 +455,11 @@ class SwinIR(nn.Module):
         mean = torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1)  # of DIV2K
         self.register_buffer("mean", mean, persistent=False)
 
-    def load_state_dict(self, weights: dict[str, Tensor], **options):
+    def load_state_dict(self, weights: dict[str, Tensor], *options, **more):
         """As usual, but for tables in published checkpoints that follow from the arguments."""
         derived = ("relative_position_index", "attn_mask")
         weights = {key: weights[key] for key in weights if not key.endswith(derived)}
-        return super().load_state_dict(weights, **options)
+        return super().load_state_dict(weights, *options, **more)
 
     def forward(self, degraded: Tensor) -> Tensor:
         image = pad_to_multiple(degraded, self.window) - self.mean
@@ -669,6 +670,8 @@ def load_vqgan(path: str | Path) -> VQGAN:
                              load=lambda file, **options: TensorUnpickler(file, **options).load())
     parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
     try:
+        if zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+            raise ValueError("a TorchScript program, which torch.load would run")
         content = torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)
         weights = {k: v.float() for k, v in content["state_dict"].items() if k.startswith(parts)}
         arguments = content.get("arguments") or vqgan_arguments(weights)
@@ -750,8 +753,7 @@ NETWORKS["prior"] = VQGANPrior
 # From pairs: a clean patch, one of n backgrounds, and the same patch in rain drawn anew each step.
 # The number of steps is the same whatever n is: n counts distinct backgrounds, never compute.
 
-PATCH = 40  # side of a training patch, pixels
-BATCH = 8
+PATCH, BATCH = 40, 8  # side of a training patch in pixels, and patches in a step
 RATE = 2e-3  # Adam's learning rate at the start; it falls to 0 along half a cosine
 
 def train(network: nn.Module, backgrounds: Tensor, degrade: Callable, steps: int, seed: int = 0,
@@ -785,7 +787,8 @@ def train(network: nn.Module, backgrounds: Tensor, degrade: Callable, steps: int
 
 def save_checkpoint(path: str | Path, network: nn.Module, net: str, arguments: dict) -> None:
     """Write a network's weights, its name in NETWORKS, and the arguments that it was made with."""
-    torch.save({"net": net, "arguments": arguments, "state_dict": network.state_dict()}, path)
+    with open(path, "wb") as file:  # (given a path, torch.save would write the file's name into it)
+        torch.save({"net": net, "arguments": arguments, "state_dict": network.state_dict()}, file)
     print(f"wrote {path}")
 
 def load_checkpoint(path: str | Path) -> nn.Module:
@@ -968,7 +971,7 @@ def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) ->
     for line, (rain, images) in zip(grid, pictures.items()):
         line[0].set_ylabel("unseen rain" if rain == "unseen" else "rain as in training")
         for axes, name in zip(line, images):
-            axes.imshow(images[name][0].permute(1, 2, 0))
+            axes.imshow(images[name][0].permute(1, 2, 0).numpy())
             axes.set_title(name)
     for axes, row in zip(grid[:, :4].flat, rows):
         if row["n"]:
@@ -1064,8 +1067,7 @@ def command_evaluate(args: argparse.Namespace) -> int:
     rows = []
     for name in pairs[0]:
         means = {key: np.nanmean([pair[name][key] for pair in pairs]) for key in pairs[0][name]}
-        rows.append({"output": name, **means})
-    print(f"means over {len(pairs)} pairs")
+        rows.append({"output": name, "pairs": len(pairs), **means})
     print_table(rows)
     return 1 if len(pairs) < len(files) else 0
 
@@ -1102,8 +1104,7 @@ def make_parser() -> Parser:
     train.add_argument("--n", **number, default=64, help="backgrounds")
     train.add_argument("--vqgan", metavar="FILE", help="fine-tune this pre-trained prior; no --net")
     vqgan = command(command_vqgan, "pre-train the content prior", "vqgan -o vqgan.pt")
-    restore = command(command_restore, "remove rain from photographs",
-                      "restore model.pt a.jpg b.jpg -o restored/")
+    restore = command(command_restore, "remove rain of photographs", "restore m.pt a.jpg -o out/")
     restore.add_argument("model", help="a checkpoint of `train`")
     restore.add_argument("photos", type=Path, nargs="+", metavar="photo")
     evaluate = command(command_evaluate, "measure networks on pairs of rainy and clean images",

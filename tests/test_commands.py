@@ -1,213 +1,190 @@
-"""Section 8: every command as a user runs it, what it leaves behind, and every kind of bad input."""
+"""Section 8: the command line, as its users meet it."""
 
 import csv
-import os
-import signal
-import subprocess
-import sys
+import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from conftest import ROOT
+import derain
 
 
-def files_in(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A network that returns its input, as a checkpoint."""
+    network = derain.build_network(derain.SwinIR)
+    for parameter in network.conv_last.parameters():
+        torch.nn.init.zeros_(parameter)
+    path = tmp_path_factory.mktemp("model") / "idle.pt"
+    derain.save_checkpoint(path, network, "swinir", {})
+    return path
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """The main job with fewer images to draw and to test on."""
-    import derain
-    for name, value in {"TRAINING_IMAGES": 8, "HELD_OUT_IMAGES": 4, "TEST_PATCHES": 6}.items():
-        monkeypatch.setattr(derain, name, value)
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    derain.save_image(image, path)
 
 
-def test_the_main_job(call, small, tmp_path):
-    done = call("--category", "urban", "--steps", 3, "--few", 2, "--many", 8, "--seed", 4, "--out", tmp_path / "a")
-    assert done.returncode == 0, done.stderr
-    assert files_in(tmp_path / "a") == ["decoupled.csv", "decoupled.png", "headline.csv", "headline.png"]
-    with open(tmp_path / "a" / "headline.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["tested_on"], r["output"], r["n"]) for r in rows] == [
-        (rain, output, n) for rain in ("unseen", "strokes", "small")
-        for output, n in (("rainy", "0"), ("few", "2"), ("many", "8"))]
-    for row in rows:  # the table on screen shows the numbers of the file
-        assert f"{float(row['E_R']):.1f}" in done.stdout and f"{float(row['psnr']):.2f}" in done.stdout
-    assert "headline.png" in done.stdout and "Trained on 2 backgrounds instead of 8" in done.stdout
-    assert "Traceback" not in done.stderr
-    again = call("--category", "urban", "--steps", 3, "--few", 2, "--many", 8, "--seed", 4, "--out", tmp_path / "b")
-    for name in files_in(tmp_path / "a"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    assert again.stdout == done.stdout.replace("/a/", "/b/")
+def test_the_main_job(call, photos, tmp_path):
+    done = call("--backgrounds", photos, "--steps", 2, "--few", 2, "--many", 3,
+                "--out", tmp_path / "new")
+    assert done.returncode == 0
+    words = [line.split()[:2] for line in done.stdout.splitlines()]
+    outputs = ["rainy", "opening", "few", "many"]
+    for rain in ("unseen", "small"):
+        for output in outputs:
+            assert [rain, output] in words
+    assert "E_W" in done.stdout and "headline.png" in done.stdout
+    rows = list(csv.DictReader(open(tmp_path / "new" / "headline.csv")))
+    assert [row["output"] for row in rows] == outputs * 2
+    assert Image.open(tmp_path / "new" / "headline.png").size[0] > 800
 
 
-def test_the_main_job_on_photographs(call, small, photos, tmp_path):
-    done = call("--backgrounds", photos, photos / "photo0.png", "--rain", "large", "--steps", 2, "--many", 20, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "photographs: 5 to cut training patches from, 1 held out" in done.stdout and "large" in done.stdout
+def test_help_shows_defaults_and_an_example(capsys):
+    for verb in ((), ("rain",), ("train",), ("vqgan",), ("restore",), ("evaluate",)):
+        with pytest.raises(SystemExit) as stop:
+            derain.main([*verb, "--help"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and "example: python derain.py" in text
+        assert "default:" in text
 
 
-def test_figures(call, tmp_path):
-    done = call("figures", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert files_in(tmp_path) == ["backgrounds.csv", "backgrounds.png", "rain.csv", "rain.png"]
-    with open(tmp_path / "rain.csv") as file:
-        lengths = [float(r["wet_share"]) for r in csv.DictReader(file) if r["row"] == "quantity"]
-    assert lengths == sorted(lengths)  # the more streaks, the more wet pixels
+def test_rain_falls_on_a_photograph_at_its_own_size(call, photos, tmp_path):
+    files = []
+    for seed in (0, 0, 1):
+        files.append(tmp_path / f"deep/{len(files)}.png")
+        done = call("rain", photos / "photo0.png", "-o", files[-1], "--range", "large", "--seed", seed)
+        assert done.returncode == 0 and str(files[-1]) in done.stdout
+    clean, rainy = derain.open_image(photos / "photo0.png"), derain.open_image(files[0])
+    assert rainy.shape == clean.shape
+    assert (rainy >= clean - 1 / 255).all() and (rainy > clean + 0.2).any()
+    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
 
 
-def test_rain_on_a_photograph(call, photos, tmp_path):
-    photo = photos / "photo2.png"
-    outputs = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
-    for output, seed in zip(outputs, (3, 3, 4)):
-        done = call("rain", photo, "-o", output, "--range", "large", "--seed", seed)
-        assert done.returncode == 0, done.stderr
-    assert outputs[0].read_bytes() == outputs[1].read_bytes() != outputs[2].read_bytes()
-    dry, wet = (np.asarray(Image.open(p).convert("RGB")).astype(int) for p in (photo, outputs[0]))
-    assert wet.shape == dry.shape and (wet >= dry).all() and (wet > dry).mean() > 0.02
-    for word in ("quantity", "width", "length", "direction"):
-        assert word in done.stdout
+def test_train_and_restore(call, photos, tmp_path):
+    for name in ("a.pt", "b.pt"):
+        done = call("train", "--backgrounds", photos, "--steps", 2, "--n", 3, "-o", tmp_path / name)
+        assert done.returncode == 0 and name in done.stdout and "loss" in done.stdout
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+    done = call("restore", tmp_path / "a.pt", photos / "photo0.png", "-o", tmp_path / "out")
+    assert done.returncode == 0
+    network = derain.load_checkpoint(tmp_path / "a.pt")
+    image = derain.open_image(photos / "photo0.png")
+    restored = derain.open_image(tmp_path / "out" / "photo0-restored.png")
+    assert (restored - derain.predict(network, image[None])[0]).abs().max() < 0.51 / 255
 
 
-def test_train_resume_restore(call, photos, tmp_path):
-    options = ["--backgrounds", photos, "--n", 8, "--steps", 4, "--seed", 1]
-    done = call("train", *options, "-o", tmp_path / "a.pt")
-    assert done.returncode == 0 and "a.pt" in done.stdout, done.stderr
-    complete = call("train", *options, "-o", tmp_path / "a.pt", "--resume")
-    assert complete.returncode == 0 and "complete" in complete.stdout
-    other = call("train", *options[:-1], 2, "-o", tmp_path / "a.pt", "--resume")
-    assert other.returncode == 2 and "seed" in other.stderr and other.stderr.count("\n") == 1
-    grey = tmp_path / "grey.png"
-    Image.open(photos / "photo1.png").convert("L").resize((61, 33)).save(grey)
-    for photo, output in ((photos / "photo1.png", "x.jpg"), (grey, "y.png")):
-        done = call("restore", tmp_path / "a.pt", photo, "-o", tmp_path / output)
-        assert done.returncode == 0, done.stderr
-        with Image.open(photo) as before, Image.open(tmp_path / output) as after:
-            assert before.size == after.size and before.mode == after.mode
-            assert after.format == {"x.jpg": "JPEG", "y.png": "PNG"}[output]
+def test_the_prior_from_the_command_line(call, photos, tmp_path):
+    vqgan, prior = tmp_path / "vqgan.pt", tmp_path / "prior.pt"
+    assert call("vqgan", "--backgrounds", photos, "--steps", 2, "-o", vqgan).returncode == 0
+    train = ("train", "--backgrounds", photos, "--steps", 2, "--n", 4, "-o", prior, "--vqgan")
+    assert call(*train, vqgan).returncode == 0
+    assert isinstance(derain.load_checkpoint(prior), derain.VQGANPrior)
+    assert call("restore", prior, photos / "photo1.png", "-o", tmp_path).returncode == 0
+    refused = call(*train, prior)
+    assert refused.returncode == 2 and "prior.pt" in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
-def test_ctrl_c_and_resume_give_the_same_bytes(small, tmp_path, monkeypatch, capsys):
-    """Ctrl-C arrives in the middle of step 7 of 12; what it leaves leads to the bytes of a training without it."""
-    import derain
-    options = ["train", "--n", "4", "--steps", "12", "--seed", "1", "-o"]
-    assert derain.main([*options, str(tmp_path / "whole.pt")]) == 0
-    draw, calls = derain.rain_layers, []
-
-    def interrupted(*arguments):
-        calls.append(None)
-        if len(calls) == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return draw(*arguments)
-
-    monkeypatch.setattr(derain, "rain_layers", interrupted)
-    assert derain.main([*options, str(tmp_path / "cut.pt")]) == 130
-    assert "7 of 12 steps" in capsys.readouterr().err
-    assert derain.load_checkpoint(tmp_path / "cut.pt")[1]["step"] == 7
-    assert derain.main([*options, str(tmp_path / "cut.pt"), "--resume"]) == 0
-    assert len(calls) == 12
-    assert (tmp_path / "cut.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_the_good_ones_are_restored_and_the_others_named(call, model, photos, tmp_path):
+    (tmp_path / "broken.png").write_bytes((photos / "photo0.png").read_bytes()[:300])
+    missing = tmp_path / "missing.png"
+    done = call("restore", model, tmp_path / "broken.png", photos / "photo1.png", missing,
+                "-o", tmp_path / "out")
+    assert done.returncode == 1 and done.stderr.count("\n") == 2
+    assert "broken.png" in done.stderr and "missing.png" in done.stderr
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["photo1-restored.png"]
 
 
-def test_ctrl_c_in_the_main_job_leaves_nothing(tmp_path):
-    job = subprocess.Popen([sys.executable, "-u", ROOT / "derain.py", "--out", tmp_path / "out"], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True)
-    assert "embedded" in job.stdout.readline()  # the images are drawn, training begins
-    job.send_signal(signal.SIGINT)
-    _, errors = job.communicate(timeout=30)
-    assert job.returncode == 130 and "stopped" in errors and "Traceback" not in errors
-    assert not (tmp_path / "out").exists()
+def test_evaluate_pairs_by_number_and_averages(call, model, tmp_path, rng):
+    clean = torch.from_numpy(rng.random((3, 3, 30, 24), dtype=np.float32)) * 0.7
+    names = (("norain-001.png", ["rain-001.png"]), ("901.png", ["901_1.png", "901_2.png"]),
+             ("2.png", ["2.png"]))
+    expected = []
+    for image, (partner, files) in zip(clean, names):
+        save(tmp_path / "clean" / partner, image)
+        for file in files:
+            rain = torch.from_numpy(rng.random((1, 30, 24), dtype=np.float32)) * 0.3
+            save(tmp_path / "rainy" / file, image + rain)
+            pair = [derain.open_image(tmp_path / part)[None]
+                    for part in (f"rainy/{file}", f"clean/{partner}")]
+            for output in (pair[0], derain.opening(pair[0]), pair[0]):
+                expected.append(derain.decoupled_evaluation(output, *pair))
+    command = ("evaluate", model, "--rainy", tmp_path / "rainy", "--clean", tmp_path / "clean")
+    done = call(*command)
+    assert done.returncode == 0
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[0][2:] == list(expected[0])
+    for i, name in enumerate(("rainy", "opening", str(model))):
+        means = [np.mean([row[key] for row in expected[i::3]]) for key in expected[0]]
+        assert lines[1 + i][:2] == [name, "4"]
+        assert [float(cell) for cell in lines[1 + i][2:]] == pytest.approx(means, abs=0.0051)
+    save(tmp_path / "rainy" / "77_1.png", clean[0])
+    save(tmp_path / "clean" / "88.png", clean[0])
+    save(tmp_path / "rainy" / "2_9.png", clean[0, :, :20])
+    done = call(*command)
+    assert done.returncode == 1 and done.stderr.count("\n") == 3
+    assert all(name in done.stderr for name in ("77_1.png", "88.png", "2_9.png"))
+    again = [line.split() for line in done.stdout.splitlines()]
+    assert again == lines
 
 
-BAD_INPUT = {
-    "no such photograph": "rain {none}/x.jpg -o {out}/a.png",
-    "a folder for a photograph": "rain {photos} -o {out}/a.png",
-    "a broken photograph": "rain {broken} -o {out}/a.png",
-    "a format that nobody writes": "rain {photo} -o {out}/a.xyz",
-    "a folder for a file": "rain {photo} -o {out}",
-    "the root of all folders": "rain {photo} -o /",
-    "the photograph itself": "rain {photo} -o {photo}",
-    "the photograph itself, restored": "restore {none}.pt {photo} -o {photo}",
-    "a file for a folder": "--out {photo}",
-    "a file in a file": "figures --out {photo}/deeper",
-    "no such folder of backgrounds": "--backgrounds {none} --out {out}",
-    "an empty folder": "--backgrounds {empty} --out {out}",
-    "only broken backgrounds": "--backgrounds {broken} --out {out}",
-    "backgrounds smaller than a patch": "train --backgrounds {tiny} -o {out}/a.pt",
-    "few not below many": "--few 8 --many 8 --out {out}",
-    "negative steps": "--steps -5 --out {out}",
-    "steps that are no number": "--steps many --out {out}",
-    "a negative seed": "--seed -1 --out {out}",
-    "a device that is not there": "--device abacus --out {out}",
-    "an unknown range": "rain {photo} -o {out}/a.png --range biblical",
-    "an unknown command": "derain {photo}",
-    "an unknown network": "train --net vgg -o {out}/a.pt",
-    "an unknown option": "--speed 3",
-    "no output": "train --steps 3",
-    "a checkpoint that is a photograph": "restore {photo} {photo} -o {out}/a.png",
-    "a checkpoint that is not there": "restore {none}.pt {photo} -o {out}/a.png",
-    "nothing to resume": "train -o {out}/none.pt --resume",
-    "a checkpoint that is no .pt": "train -o {out}/a.png",
-}
+def test_bad_input_is_one_line_and_status_2(call, model, photos, tmp_path, capfd):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (50, 50)).save(tmp_path / "small.png")
+    out = tmp_path / "out.pt"
+    cases = (
+        ("--backgrounds", tmp_path / "nowhere"), ("--backgrounds", tmp_path / "empty"),
+        ("--backgrounds", photos / "photo0.png"), ("--few", 0), ("--steps", "many"), ("--seed", -1),
+        ("--net", "vgg"), ("--device", "tpu"), ("paint",), ("--colour", "red"), ("rain",),
+        ("rain", tmp_path / "text.png", "-o", tmp_path / "x.png"),
+        ("rain", tmp_path / "missing.png", "-o", tmp_path / "x.png"),
+        ("rain", photos / "photo0.png", "-o", tmp_path / "x.txt"),
+        ("rain", photos / "photo0.png", "-o", tmp_path / "small.png" / "x.png"),
+        ("rain", photos / "photo0.png", "-o", tmp_path / "x.png", "--range", "hail"),
+        ("train", "--backgrounds", tmp_path / "empty", "-o", out),
+        ("train", "--vqgan", model, "-o", out), ("train", "--vqgan", tmp_path / "no.pt", "-o", out),
+        ("restore", tmp_path / "text.png", photos / "photo0.png", "-o", tmp_path),
+        ("restore", tmp_path / "missing.pt", photos / "photo0.png", "-o", tmp_path),
+        ("evaluate", model, "--rainy", tmp_path / "nowhere", "--clean", photos))
+    for case in cases:
+        try:
+            done = call(*case)
+            status, errors = done.returncode, done.stderr
+        except SystemExit as stop:  # argparse
+            status, errors = stop.code, capfd.readouterr().err
+        assert status == 2 and errors.count("\n") == 1 and len(errors) > 15, (case, errors)
+    alone = call("--backgrounds", tmp_path / "small.png")  # skipped by name, and then nothing is left
+    assert alone.returncode == 2 and "small.png" in alone.stderr and alone.stderr.count("\n") <= 2
+    assert not out.exists()
 
 
-@pytest.mark.parametrize("arguments", BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_gets_one_line_and_status_2(arguments, photos, tmp_path, capsys, monkeypatch):
-    import derain
-    places = {"photos": photos, "photo": photos / "photo0.png", "none": tmp_path / "none", "out": tmp_path / "out",
-              "empty": tmp_path / "empty", "broken": tmp_path / "broken.png", "tiny": tmp_path / "tiny.png"}
-    for name in ("out", "empty"):
-        places[name].mkdir()
-    places["broken"].write_bytes((photos / "photo0.png").read_bytes()[:300])
-    Image.new("RGB", (39, 80)).save(places["tiny"])
-    try:
-        status = derain.main([word.format(**places) for word in arguments.split()])
-    except SystemExit as stop:  # argparse leaves this way
-        status = stop.code
-    captured = capsys.readouterr()
-    assert status == 2
-    lines = captured.err.strip().splitlines()
-    assert len([line for line in lines if not line.startswith("skipped: ")]) == 1, captured.err
-    assert lines[-1].startswith("derain.py") and len(lines[-1]) < 400
-    assert files_in(places["out"]) == []
+def test_it_runs_as_a_program(run):
+    done = run("--help")
+    assert done.returncode == 0 and "restore" in done.stdout
 
 
-def test_bad_input_in_a_real_process_shows_no_traceback(run, tmp_path):
-    done = run("restore", tmp_path / "no.pt", tmp_path / "no.png", "-o", tmp_path / "out.png")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "no.png" in done.stderr
+def test_the_contents_name_what_is_there():
+    """The lines of the module's docstring that begin with a section's number."""
+    names = []
+    for line in derain.__doc__.splitlines():
+        if line[:1].isdigit():
+            names += line[16:].replace(",", " ").split()
+    assert len(names) > 40
+    assert all(hasattr(derain, name) for name in names)
 
 
-@pytest.mark.parametrize("command", ["", "figures", "rain", "train", "restore", "evaluate"])
-def test_help_has_defaults_and_an_example(command, capsys):
-    import derain
-    with pytest.raises(SystemExit) as stop:
-        derain.main([*command.split(), "--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "example: python derain.py" in text and "default" in text
-
-
-def test_import_is_quick_and_quiet():
-    """Under three seconds of computing (not of waiting: other programs may be running)."""
-    code = "import time; t = time.process_time(); import derain; print(time.process_time() - t)"
-
-    def seconds():
-        return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout)
-
-    assert seconds() < 3 or seconds() < 3  # one bad moment is forgiven
-
-
-def test_an_unfinished_checkpoint_without_its_optimizer_is_refused(small, tmp_path, capsys):
-    import derain
-    import torch
-    options = ["train", "--n", "4", "--steps", "2", "-o", str(tmp_path / "a.pt")]
-    assert derain.main(options) == 0
-    content = torch.load(tmp_path / "a.pt", weights_only=True)
-    torch.save({**content, "step": 1}, tmp_path / "a.pt")
-    capsys.readouterr()
-    assert derain.main([*options, "--resume"]) == 2
-    assert "optimizer" in capsys.readouterr().err
+def test_sections_use_only_earlier_ones():
+    """A function is not called in any section above its own."""
+    source = open(derain.__file__, encoding="utf-8").read()
+    sections = source.split("# ---- ")[1:]
+    for i, section in enumerate(sections):
+        later = "".join(sections[i + 1:])
+        for line in later.splitlines():
+            if line.startswith(("def ", "class ")):
+                name = line.split()[1].split("(")[0].rstrip(":")
+                called = re.search(rf"(?<![\w.`]){name}\(", section)
+                assert not called, f"{name} is used in section {i + 1}"
