@@ -21,7 +21,7 @@ def show(axes, picture: Tensor, title: str = "", **options):
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=10)
     picture = (picture.permute(1, 2, 0) if picture.ndim == 3 else picture).numpy()
-    return axes.imshow(picture.numpy(), **{"cmap": "gray", "vmin": 0, "vmax": 1, **options})
+    return axes.imshow(picture, **{"cmap": "gray", "vmin": 0, "vmax": 1, **options})
 
 # ---- 1  How is rain made? ------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """How fast is derain.py, and how much memory does it take?
 
-Times are medians.  Nothing else should run meanwhile: a busy machine doubles all of them.
+Times are medians, on one core but for the main job, which trains two networks on a core each.
+Nothing else should run meanwhile.
 """
 
 import argparse
@@ -90,9 +91,12 @@ def main() -> None:
     parser = derain.Parser(prog="benchmark.py", description=__doc__.splitlines()[0],
                            epilog="example: python tests/benchmark.py --only rain training",
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=[*PARTS], help="some parts")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="times in a median")
+    parser.add_argument("--only", choices=PARTS, nargs="+", metavar="PART", default=[*PARTS],
+                        help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--repeats", type=derain.whole, default=5, metavar="N",
+                        help="times in a median")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # with more, threads wait for each other if another job takes a core
     for name in args.only:
         PARTS[name](max(1, args.repeats))
 

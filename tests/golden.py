@@ -1,7 +1,7 @@
 """Reference outputs of published networks, and the rule by which their parameters were filled.
 
-Each array in tests/data was computed by the original implementation of a network.  Its parameters are not stored:
-each is a hash of its index, and of its rank among the sorted names.
+Each array in tests/data was computed by the original implementation of a network.  Its parameters
+are not stored: each is a hash of its index, and of its rank among the sorted names.
 """
 
 from pathlib import Path

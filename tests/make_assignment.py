@@ -1,189 +1,131 @@
-"""Make an assignment from derain.py: the same file, with the bodies of some functions left to the student.
+"""Write a copy of derain.py with some functions left to the student, or a folder that stands alone.
 
-    python tests/make_assignment.py                           # which assignments there are
-    python tests/make_assignment.py rain -o student.py        # one of them, or several
-    python -m pytest --module student.py --assignment rain    # grades it (tests/grader.py)
+    python tests/make_assignment.py                       which assignments there are
+    python tests/make_assignment.py rain -o student.py    one, or several; graded by
+    python -m pytest -m rain --module student.py
+    python tests/make_assignment.py rain -o handout/      a folder, where `pytest -m rain` grades
+    python tests/make_assignment.py testing -o mine.py    the student writes tests, graded by
+    python tests/make_assignment.py --grade mine.py
 
-What each asks, and the figure that a right answer draws, is in tests/coursework.md.
+What each asks is in tests/coursework.md.
 """
 
 import argparse
 import ast
+import importlib.util
+import re
+import shutil
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parent.parent / "derain.py"
-MARK = "coursework: "  # begins the message of each blank; grader.py knows blanks by it
+from wrong import SOURCE, WRONG, find, put, source_of
 
-# For each assignment its functions, and for each function the tests that grade it: file::name, and [parameters]
-# where only one case does.  (Tests that measure time are not here: a busy machine would cost marks.)
+TESTS = Path(__file__).resolve().parent
+BLANK = "is not written yet"  # ends the message of each blank; grader.py knows blanks by it
+EVALUATION = ["rain_mask", "decoupled_evaluation", "psnr"]
 ASSIGNMENTS = {
-    "rain": {
-        "teaches": "how rain is synthesized: seeds, a line kernel, a convolution, clipping; directions and units",
-        "time": "an hour",
-        "functions": {
-            "streak_kernel": (
-                "test_rain.py::test_kernel_is_a_blurred_line", "test_rain.py::test_kernel_has_one_at_its_centre",
-                "test_rain.py::test_kernel_leans_like_a_slash",
-                "test_rain.py::test_kernel_batch_equals_singles",
-                "test_rain.py::test_width_and_length_at_half_brightness"),
-            "draw_factors": (
-                "test_rain.py::test_factors_stay_in_their_intervals", "test_rain.py::test_either_side_mirrors_half"),
-            "streak_seeds": ("test_rain.py::test_quantity_is_the_number_of_seeds",),
-            "render_rain": (
-                "test_rain.py::test_filtering_equals_a_plain_loop", "test_rain.py::test_layers_shape_range_and_sizes",
-                "test_rain.py::test_same_seed_same_bytes", "test_rain.py::test_direction_can_be_measured",
-                "test_rain.py::test_quantity_can_be_measured_in_the_layer"),
-            "add_rain": ("test_rain.py::test_add_rain_clips_and_is_grey",),
-        }},
-    "evaluation": {
-        "teaches": "measuring removal and damage apart; masks, root mean squares, PSNR, SSIM and their edge cases",
-        "time": "an hour",
-        "functions": {
-            "rain_mask": ("test_evaluation.py::test_mask_is_strict_and_joins_channels",),
-            "decoupled_evaluation": (
-                "test_evaluation.py::test_against_a_loop", "test_evaluation.py::test_limits",
-                "test_evaluation.py::test_constant_errors_in_closed_form",
-                "test_evaluation.py::test_no_rain_and_rain_everywhere",
-                "test_evaluation.py::test_coloured_rain_and_tiny_images",
-                "test_evaluation.py::test_wrong_shapes_are_refused"),
-            "psnr": ("test_evaluation.py::test_psnr_closed_form_is_a_mean_over_images",),
-            "ssim": ("test_evaluation.py::test_ssim_against_a_loop",),
-        }},
-    "backgrounds": {
-        "teaches": "what makes an image complex: sharpness, fair sampling, the statistics of natural images",
-        "time": "an afternoon",
-        "functions": {
-            "sharpness": ("test_backgrounds.py::test_sharpness_of_a_ramp_and_against_a_loop",),
-            "sample_patches": (
-                "test_backgrounds.py::test_patches_come_from_the_images_evenly",
-                "test_backgrounds.py::test_patches_reach_every_corner"),
-            "draw_leaves": (
-                "test_backgrounds.py::test_painters[natural]",
-                "test_backgrounds.py::test_dead_leaves_have_a_natural_spectrum",
-                "test_backgrounds.py::test_categories_have_the_properties_they_stand_for",
-                "test_backgrounds.py::test_windows_repeat"),
-        }},
-    "noise": {
-        "teaches": "five kinds of noise and what tells them apart; an evaluation that needs no mask",
-        "time": "an afternoon",
-        "functions": {
-            "noise_degradation": (
-                "test_noise.py::test_noise_is_clipped_and_added_and_comes_from_its_stream",
-                "test_noise.py::test_variance_is_that_of_the_closed_form",
-                "test_noise.py::test_levels_are_drawn_per_image_within_their_interval",
-                "test_noise.py::test_uniform_noise_is_bounded_and_gaussian_is_not",
-                "test_noise.py::test_poisson_noise_grows_with_brightness",
-                "test_noise.py::test_salt_and_pepper_hits_whole_pixels_and_leaves_the_others",
-                "test_noise.py::test_correlation_of_neighbours"),
-            "dense_evaluation": (
-                "test_noise.py::TestDenseEvaluation::test_ends",
-                "test_noise.py::TestDenseEvaluation::test_removal_and_damage_are_told_apart",
-                "test_noise.py::TestDenseEvaluation::test_the_squares_add_up_to_the_whole_error",
-                "test_noise.py::TestDenseEvaluation::test_wrecking_the_image_shows_in_e_b_alone"),
-        }},
-    "training": {
-        "teaches": "two convolutional networks, and one training loop that an interruption does not change",
-        "time": "a day",
-        "functions": {
-            "ResNet.forward": (
-                "test_training.py::test_resnet_sees_ten_pixels_around", "test_training.py::test_resnet_adds_its_blocks",
-                "test_networks.py::test_resnet_with_a_skip_draws_a_correction",
-                "test_networks.py::test_networks_take_images_of_any_size[resnet]"),
-            "pad_to_multiple": ("test_networks.py::test_padding_does_not_move_the_image[unet]",),
-            "UNet.forward": (
-                "test_networks.py::test_networks_take_images_of_any_size[unet]",
-                "test_networks.py::test_unet_gets_its_details_back"),
-            "train": (
-                "test_training.py::test_training_is_adam_on_the_l1_loss_with_a_rate_that_falls_along_half_a_cosine",
-                "test_training.py::test_training_sees_only_its_backgrounds_and_their_mirror_images",
-                "test_training.py::test_interrupted_training_ends_with_the_same_weights",
-                "test_training.py::test_few_and_many_differ_in_the_backgrounds_alone",
-                "test_training.py::test_training_lowers_the_loss_and_repeats_to_the_bit"),
-        }},
-    "attention": {
-        "teaches": "window attention: shapes, heads, relative positions, shifted windows and their mask",
-        "time": "a week",
-        "functions": {
-            "to_windows": ("test_networks.py::test_windows_are_cut_and_put_back",),
-            "from_windows": ("test_networks.py::test_windows_are_cut_and_put_back",),
-            "shift_mask": ("test_networks.py::test_window_attention_is_that_of_a_loop_over_pixels[shifted]",),
-            "WindowAttention.forward": (
-                "test_networks.py::test_window_attention_is_that_of_a_loop_over_pixels[plain]",),
-            "SwinBlock.forward": (
-                "test_networks.py::test_window_attention_is_that_of_a_loop_over_pixels",
-                "test_networks.py::test_swinir_agrees_with_the_published_one",
-                "test_networks.py::test_networks_take_images_of_any_size[swinir]",
-                "test_networks.py::test_padding_does_not_move_the_image[swinir]"),
-        }},
-    "quantization": {
-        "teaches": "vector quantization, the straight-through gradient, a codebook as a prior of clean images",
-        "time": "a week",
-        "functions": {
-            "ResidualBlock.forward": (
-                "test_vqgan.py::test_a_residual_block_by_hand", "test_vqgan.py::test_vqgan_agrees_with_the_published_one"),
-            "PixelAttention.forward": (
-                "test_vqgan.py::test_attention_of_pixels_is_that_of_a_loop",
-                "test_vqgan.py::test_vqgan_agrees_with_the_published_one"),
-            "Codebook.forward": (
-                "test_vqgan.py::test_quantization_is_the_nearest_neighbour",
-                "test_vqgan.py::test_gradients_of_quantization"),
-            "VQGANPrior.forward": ("test_vqgan.py::test_what_the_prior_shows_is_made_of_codes",),
-            "VQGANPrior.loss": (
-                "test_vqgan.py::test_the_loss_of_the_prior", "test_vqgan.py::test_fine_tuning_moves_the_encoder_alone",
-                "test_vqgan.py::test_fine_tuning_with_a_vqgan_of_any_depth"),
-        }},
-    "experiment": {
-        "teaches": "from a claim to a verdict: paired seeds, fair comparisons, an experiment that could refute",
-        "time": "a week",
-        "functions": {
-            "training_patches": (
-                "test_reproduce.py::test_few_backgrounds_are_among_the_many",
-                "test_reproduce.py::test_thirds_by_sharpness_have_equal_numbers_and_do_not_overlap"),
-            "results": ("test_reproduce.py::test_which_rows_a_claim_reads",),
-            "verdict": ("test_reproduce.py::test_verdict_needs_every_seed",),
-            "verdict_rows": (
-                "test_reproduce.py::test_verdict_table_of_hand_made_results",
-                "test_reproduce.py::test_a_second_metric_has_verdicts_of_its_own"),
-        }},
+    "lab": EVALUATION,
+    "rain": ["streak_kernel", "streak_seeds", "rain_layers", "add_rain"],
+    "evaluation": [*EVALUATION, "ssim"],
+    "backgrounds": ["sharpness", "sample_patches", "draw_dead_leaves"],
+    "training": ["ResNet.forward", "pad_to_multiple", "UNet.forward", "train"],
+    "attention": ["to_windows", "from_windows", "shift_mask", "WindowAttention.forward",
+                  "SwinBlock.forward"],
+    "quantization": ["ResidualBlock.forward", "PixelAttention.forward", "Codebook.forward",
+                     "VQGANPrior.forward", "VQGANPrior.loss"],
 }
+TEST_FILE = '''"""Tests of rain_mask, decoupled_evaluation and psnr, to catch wrong solutions."""
+
+import math
+
+import torch
+
+import derain
 
 
-def find(tree: ast.Module, name: str) -> ast.FunctionDef:
-    """The function of a dotted name, such as "train" or "ResNet.forward"; raises KeyError if there is none."""
-    node = tree
-    for part in name.split("."):
-        named = [child for child in node.body if getattr(child, "name", None) == part]
-        if not named:
-            raise KeyError(name)
-        node = named[-1]
-    if not isinstance(node, ast.FunctionDef):
-        raise KeyError(name)
-    return node
+def test_nothing_done_is_nothing_removed():
+    """An example, which catches little."""
+    clean = torch.full((1, 3, 20, 20), 0.4)
+    rainy = clean.clone()
+    rainy[..., :5] += 0.3
+    assert derain.decoupled_evaluation(rainy, rainy, clean)["E_R"] == 0
+'''
 
 
 def blank(source: str, names: list[str]) -> str:
-    """The source with the body of each named function replaced by a raise; all else stays byte for byte."""
+    """The source with the body of each named function replaced by a raise; docstrings stay."""
     tree, lines = ast.parse(source), source.split("\n")
-    for node, name in sorted(((find(tree, name), name) for name in names), key=lambda pair: -pair[0].lineno):
-        first = node.body[0]
-        if ast.get_docstring(node) is not None:
-            start = first.end_lineno  # keep the lines before this one (counted from 0)
-        else:
-            start = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", []))]) - 1
-        message = f"{MARK}{name} is not written yet"
-        lines[start:node.end_lineno] = [f'{" " * first.col_offset}raise NotImplementedError("{message}")']
-        node.body = [*node.body[:ast.get_docstring(node) is not None], *ast.parse(lines[start].strip()).body]
-    result = "\n".join(lines)
-    assert ast.dump(ast.parse(result)) == ast.dump(tree)  # nothing else has changed
-    return result
+    nodes = {find(tree, name): name for name in names}
+    for node in sorted(nodes, key=lambda node: -node.lineno):
+        documented = ast.get_docstring(node) is not None
+        start = node.body[0].end_lineno if documented else node.body[0].lineno - 1
+        message = f'raise NotImplementedError("{nodes[node]} {BLANK}")'
+        lines[start:node.end_lineno] = [" " * node.body[0].col_offset + message]
+    return "\n".join(lines)
+
+
+def page_of(name: str) -> str:
+    """The part of coursework.md about an assignment."""
+    text = (TESTS / "coursework.md").read_text(encoding="utf-8")
+    found = re.search(rf"^## {name}\b.*?(?=^## |\Z)", text, re.M | re.S)
+    return found[0] if found else ""
+
+
+def write_handout(folder: Path, name: str, student: str) -> None:
+    """A folder with the blanks, the tests that grade, their data, and the assignment's page."""
+    (folder / "tests").mkdir(parents=True)
+    (folder / "derain.py").write_text(student, encoding="utf-8")
+    (folder / "README.md").write_text(page_of(name), encoding="utf-8")
+    shutil.copy(TESTS.parent / "requirements.txt", folder)
+    shutil.copytree(TESTS / "data", folder / "tests" / "data")
+    for file in TESTS.glob("*.py"):
+        marked = f"@pytest.mark.{name}\n" in file.read_text() or (
+            f"pytestmark = pytest.mark.{name}\n" in file.read_text())
+        if marked or file.name in ("conftest.py", "grader.py", "golden.py"):
+            shutil.copy(file, folder / "tests")
+
+
+def failures(derain, tests: list) -> list[str]:
+    """The names of the student's tests that fail on the module as it is now."""
+    names = []
+    for test in tests:
+        try:
+            test()
+        except Exception:
+            names.append(test.__name__)
+    return names
+
+
+def grade_tests(file: Path) -> int:
+    """Run the student's tests on the right solution and on wrong ones; returns the exit status."""
+    import pytest
+    sys.path.insert(0, str(TESTS.parent))
+    import derain
+    spec = importlib.util.spec_from_file_location("mine", file)
+    mine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mine)
+    tests = [value for name, value in vars(mine).items() if name.startswith("test")]
+    unfair = failures(derain, tests)
+    caught, all_wrong = 0, [wrong for wrong in WRONG if wrong[0] in EVALUATION]
+    for function, mistake, old, new in all_wrong:
+        with pytest.MonkeyPatch.context() as patch:
+            put(patch, derain, function, source_of(function).replace(old, new))
+            found = [name for name in failures(derain, tests) if name not in unfair]
+        caught += bool(found)
+        print(f"{'caught' if found else 'missed'}: {function}, {mistake}")
+    for name in unfair:
+        print(f"unfair: {name} fails on the right solution, and does not count")
+    print(f"{file.name}: {caught} of {len(all_wrong)} wrong solutions caught, {len(unfair)} unfair")
+    return int(bool(unfair))
 
 
 def main() -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Write a copy of derain.py with some functions left to do.")
-    parser.add_argument("assignments", nargs="*", metavar="SECTION", help="; ".join(ASSIGNMENTS))
-    parser.add_argument("-o", "--output", type=Path, help="the student's file, such as student.py")
+    parser = argparse.ArgumentParser(description="Write a copy of derain.py with blanks.",
+                                     epilog="example: make_assignment.py lab -o handout/")
+    parser.add_argument("assignments", nargs="*", help=f"{', '.join(ASSIGNMENTS)}; or testing")
+    parser.add_argument("-o", "--output", help="a new file, student.py, or a new folder, handout/")
+    parser.add_argument("--grade", type=Path, metavar="FILE", help="tests that a student wrote")
 
     def fail(problem: str):
         print(f"make_assignment.py: {problem}", file=sys.stderr)
@@ -191,32 +133,41 @@ def main() -> int:
 
     parser.error = fail
     args = parser.parse_args()
+    if args.grade:
+        if not args.grade.is_file():
+            fail(f"{args.grade}: no such file")
+        return grade_tests(args.grade)
     if not args.assignments:
-        for name, assignment in ASSIGNMENTS.items():
-            print(f"{name} ({assignment['time']}): {assignment['teaches']}\n    {', '.join(assignment['functions'])}")
+        for name, functions in ASSIGNMENTS.items():
+            print(f"{name}: {', '.join(functions)}")
+        print("testing: tests of rain_mask, decoupled_evaluation and psnr")
         return 0
-    unknown = [name for name in args.assignments if name not in ASSIGNMENTS]
-    if unknown:
-        fail(f"there is no assignment {', '.join(unknown)}; there are {', '.join(ASSIGNMENTS)}")
+    for name in args.assignments:
+        if name not in (*ASSIGNMENTS, "testing"):
+            fail(f"there is no assignment {name!r}; there are {', '.join(ASSIGNMENTS)}, testing")
     if not args.output:
         fail("say where the student's file goes, such as -o student.py")
-    names = list(dict.fromkeys(name for chosen in args.assignments for name in ASSIGNMENTS[chosen]["functions"]))
-    text = blank(SOURCE.read_bytes().decode("utf-8"), names)
+    target = Path(args.output)
+    if target.exists():
+        fail(f"{target} is there already; move it away, or choose another name")
+    names = []
+    for name in args.assignments:
+        names += ASSIGNMENTS.get(name, [])
+    student = blank(SOURCE.read_text(encoding="utf-8"), names)
     try:
-        with open(args.output, "x", encoding="utf-8", newline="") as file:  # never over somebody's work
-            file.write(text)
-    except FileExistsError:
-        fail(f"{args.output} is there already; move it away, or choose another name")
+        if args.assignments == ["testing"]:
+            target.write_text(TEST_FILE, encoding="utf-8")
+        elif target.suffix == ".py":
+            target.write_text(student, encoding="utf-8")
+            beside = target.parent / "conftest.py"  # or pytest would not know the option --module
+            if not beside.exists():
+                beside.write_text(f"import sys\n\nsys.path.insert(0, {str(TESTS)!r})\n"
+                                  'pytest_plugins = ["grader"]\n')
+        else:
+            write_handout(target, args.assignments[0], student)
     except OSError as problem:
-        fail(f"{args.output} cannot be written: {problem.strerror}")
-    # pytest takes the student.py of `--module student.py` for a place with tests, and looks beside it for what
-    # defines its options.
-    beside = args.output.parent / "conftest.py"
-    if not beside.exists():
-        beside.write_text(f"import sys\n\nsys.path.insert(0, {str(SOURCE.parent / 'tests')!r})\n"
-                          'pytest_plugins = ["grader"]\n')
-    print(f"{args.output}: {len(names)} functions to write ({', '.join(names)})")
-    print(f"{beside}: tells pytest where the grader is")
+        fail(f"{target} cannot be written: {problem.strerror}")
+    print(f"wrote {target}: {', '.join(names) or 'an example of a test'}")
     return 0
 
 

@@ -48,8 +48,8 @@ def test_faces_have_one_layout():
 @pytest.mark.backgrounds
 def test_dead_leaves_have_a_natural_spectrum():
     """Natural images have power ~ f^-a with a near 2; white noise would have a = 0."""
-    images = [derain.draw_background("natural", 256, np.random.default_rng(i)) for i in range(6)]
-    images = torch.stack(images).mean(1)
+    images = [derain.draw_dead_leaves(256, np.random.default_rng(i)) for i in range(6)]
+    images = torch.from_numpy(np.stack(images)).clamp(0, 1).mean(1)
     images = images - images.mean((1, 2), True)
     window = torch.hann_window(256)[:, None] * torch.hann_window(256)
     power = torch.fft.fft2(images * window).abs().square().mean(0)
@@ -105,7 +105,7 @@ def test_rotated_jpeg_stands_upright(tmp_path):
     assert image[:, :25].mean() > 0.95 and image[:, 35:].mean() < 0.05
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "a.bmp", "a.jpg", "a.gif", "grey.png"])
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "a.bmp", "a.jpg", "grey.png"])
 def test_formats_come_back(name, tmp_path):
     picture = Image.new("RGB", (20, 10), (51, 102, 204))
     expected = torch.tensor([51, 102, 204]).view(3, 1, 1) / 255

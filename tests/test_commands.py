@@ -55,7 +55,8 @@ def test_rain_falls_on_a_photograph_at_its_own_size(call, photos, tmp_path):
     files = []
     for seed in (0, 0, 1):
         files.append(tmp_path / f"deep/{len(files)}.png")
-        done = call("rain", photos / "photo0.png", "-o", files[-1], "--range", "large", "--seed", seed)
+        options = ("--range", "large", "--seed", seed)
+        done = call("rain", photos / "photo0.png", "-o", files[-1], *options)
         assert done.returncode == 0 and str(files[-1]) in done.stdout
     clean, rainy = derain.open_image(photos / "photo0.png"), derain.open_image(files[0])
     assert rainy.shape == clean.shape
@@ -64,8 +65,9 @@ def test_rain_falls_on_a_photograph_at_its_own_size(call, photos, tmp_path):
 
 
 def test_train_and_restore(call, photos, tmp_path):
+    options = ("--backgrounds", photos, "--steps", 2, "--n", 3)
     for name in ("a.pt", "b.pt"):
-        done = call("train", "--backgrounds", photos, "--steps", 2, "--n", 3, "-o", tmp_path / name)
+        done = call("train", *options, "-o", tmp_path / name)
         assert done.returncode == 0 and name in done.stdout and "loss" in done.stdout
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
     done = call("restore", tmp_path / "a.pt", photos / "photo0.png", "-o", tmp_path / "out")
@@ -157,7 +159,7 @@ def test_bad_input_is_one_line_and_status_2(call, model, photos, tmp_path, capfd
         except SystemExit as stop:  # argparse
             status, errors = stop.code, capfd.readouterr().err
         assert status == 2 and errors.count("\n") == 1 and len(errors) > 15, (case, errors)
-    alone = call("--backgrounds", tmp_path / "small.png")  # skipped by name, and then nothing is left
+    alone = call("--backgrounds", tmp_path / "small.png")  # skipped, and then nothing is left
     assert alone.returncode == 2 and "small.png" in alone.stderr and alone.stderr.count("\n") <= 2
     assert not out.exists()
 

@@ -106,7 +106,8 @@ def test_quantization_is_the_nearest_neighbour():
         distances = torch.stack([(latent[n, :, y, x] - code).norm() for code in codes])
         assert indices[n, y, x] == int(distances.argmin())
         torch.testing.assert_close(quantized[n, :, y, x], codes[indices[n, y, x]])
-    assert loss.item() == pytest.approx(1.25 * (quantized - latent).square().mean().item(), rel=1e-4)
+    distance = (quantized - latent).square().mean()
+    assert loss.item() == pytest.approx(1.25 * distance.item(), rel=1e-4)
 
 
 @pytest.mark.quantization
@@ -135,8 +136,9 @@ def foreign():
     module = types.ModuleType("lightning_of_old")
     place = {"__module__": "lightning_of_old"}
     module.ModelCheckpoint = type("ModelCheckpoint", (), dict(place))
-    module.Config = type("Config", (), {**place, "__init__": lambda self, *_: None,
-                                        "__reduce__": lambda self: (type(self), (1, 2), {"a": [3]})})
+    methods = {"__init__": lambda self, *_: None,
+               "__reduce__": lambda self: (type(self), (1, 2), {"a": [3]})}
+    module.Config = type("Config", (), {**place, **methods})
     module.AttributeDict = type("AttributeDict", (dict,), dict(place))
     module.ListConfig = type("ListConfig", (list,), dict(place))
     sys.modules["lightning_of_old"] = module
@@ -146,7 +148,7 @@ def foreign():
 
 @pytest.mark.parametrize("zipped", (True, False))
 def test_a_checkpoint_in_the_published_layout_loads(tiny, foreign, tmp_path, monkeypatch, zipped):
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as on a GPU
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
     state = {**tiny.state_dict(), "loss.perceptual_loss.net.slice1.0.weight": torch.zeros(4, 3),
              "loss.discriminator.main.0.weight": torch.zeros(4, 3)}
     content = {"epoch": 7, "callbacks": {foreign.ModelCheckpoint: {"best": torch.ones(())}},
