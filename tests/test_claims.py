@@ -189,7 +189,11 @@ def test_two_ranks_and_a_second_start_give_the_same_table(photos, tmp_path):
     assert "too few seeds" in (tmp_path / "one" / "claims.md").read_text()
 
 
-def test_bad_input_is_one_line():
-    for wrong in (["fewer"], ["few", "--seeds", 1], ["few", "--backgrounds", "nowhere"]):
-        refused = program(*wrong)
-        assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+def test_bad_input_is_one_line(claims, monkeypatch, capsys):
+    for wrong in (["fewer"], ["few", "--seeds", "1"], ["few", "--steps", "0"], ["--colour"]):
+        monkeypatch.setattr("sys.argv", ["claims.py", *wrong])
+        with pytest.raises(SystemExit) as stop:
+            claims.main()
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    refused = program("few", "--backgrounds", "nowhere")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr

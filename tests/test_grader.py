@@ -169,11 +169,10 @@ def test_a_file_is_graded_in_one_line(tmp_path):
 def test_tests_of_students_are_graded(tmp_path):
     mine = tmp_path / "mine.py"
     assert command("tests/make_assignment.py", "testing", "-o", mine).returncode == 0
+    mine.write_text(mine.read_text() + "\n\ndef test_unfair():\n    assert False\n")
     graded = command("tests/make_assignment.py", "--grade", mine)
-    assert graded.returncode == 0 and "0 unfair" in graded.stdout
-    mine.write_text("import derain\ndef test_unfair():\n    assert False\n")
-    graded = command("tests/make_assignment.py", "--grade", mine)
-    assert graded.returncode == 1 and "1 unfair" in graded.stdout
+    assert graded.returncode == 1 and "caught: decoupled_evaluation, E_R against" in graded.stdout
+    assert "missed: psnr, 20 log10" in graded.stdout and "1 unfair" in graded.stdout
 
 
 @pytest.mark.parametrize("wrong", [("rane", "-o", "x.py"), ("rain",), ("rain", "--hard"),

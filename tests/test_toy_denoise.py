@@ -2,15 +2,12 @@
 
 import csv
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 import toy_denoise as toy
-from conftest import ROOT
 
 
 def generators(*seeds):
@@ -117,19 +114,19 @@ def test_effects_and_verdicts_by_hand():
     assert "5 seeds" in toy.verdict(effects[:3]) and "reproduced" not in toy.verdict(effects[:3])
 
 
-def program(*arguments):
-    return subprocess.run([sys.executable, ROOT / "toy_denoise.py", *map(str, arguments)], text=True,
-                          capture_output=True, timeout=60)
-
-
-def test_the_script(tmp_path):
+def test_the_script(tmp_path, monkeypatch, capsys):
     for name in ("one", "two"):
-        done = program("--seeds", 1, "--steps", 3, "--out", tmp_path / name)
-        assert done.returncode == 0 and "toy.png" in done.stdout, done.stderr
+        options = ["--seeds", "1", "--steps", "3", "--out", str(tmp_path / name)]
+        monkeypatch.setattr("sys.argv", ["toy_denoise.py", *options])
+        toy.main()
+        assert "toy.png" in capsys.readouterr().out
     assert (tmp_path / "one/toy.csv").read_bytes() == (tmp_path / "two/toy.csv").read_bytes()
     rows = list(csv.DictReader(open(tmp_path / "one" / "toy.csv")))
     assert len(rows) == 3 * 3 * 16 and {"noise_left", "damage"} <= set(rows[0])
     assert (tmp_path / "one" / "toy.png").stat().st_size > 20_000
-    for wrong in (("--seeds", 0), ("--seeds", "x"), ("--out", tmp_path / "one/toy.csv"), ("--x",)):
-        refused = program(*wrong, "--steps", 1)
-        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    taken = str(tmp_path / "one" / "toy.csv")
+    for wrong in (["--seeds", "0"], ["--seeds", "x"], ["--out", taken], ["--colour"]):
+        monkeypatch.setattr("sys.argv", ["toy_denoise.py", *wrong, "--steps", "1"])
+        with pytest.raises(SystemExit) as stop:
+            toy.main()
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -219,7 +219,7 @@ def faces(n: int) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def pretrained() -> derain.VQGAN:
     vqgan = derain.build_network(derain.VQGAN, 0, **derain.PRIOR)
-    derain.pretrain(vqgan, faces(4), 40)
+    derain.pretrain(vqgan, faces(4), 25)
     return vqgan
 
 
@@ -229,8 +229,8 @@ def test_pretraining_is_deterministic_and_learns(pretrained):
     with torch.no_grad():
         before = (again(clean)[0] - clean).abs().mean()
         after = (pretrained(clean)[0] - clean).abs().mean()
-    assert after < 0.8 * before
-    derain.pretrain(again, faces(4), 40)
+    assert after < 0.9 * before
+    derain.pretrain(again, faces(4), 25)
     pairs = zip(again.state_dict().values(), pretrained.state_dict().values())
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -239,7 +239,7 @@ def test_dead_codes_are_replaced():
     vqgan = derain.build_network(derain.VQGAN, 0, **{**derain.PRIOR, "n_embed": 64})
     with torch.no_grad():
         vqgan.quantize.embedding.weight[1:] = 100  # nothing is near, so all choose code 0
-    derain.pretrain(vqgan, faces(2), 45)
+    derain.pretrain(vqgan, faces(2), 40)
     assert vqgan.quantize.embedding.weight.abs().max() < 50
 
 
