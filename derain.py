@@ -1,14 +1,14 @@
 """Why do image-restoration networks fail on degradations that they have not seen?
 
-`python derain.py` repeats, in a minute on a laptop, the central experiment of Hu et al.,
-"Revisiting the Generalization Problem of Low-level Vision Models Through the Lens of Image
-Deraining" (arXiv 2502.12600): two copies of one network learn to remove rain, one on 8 different
-backgrounds, one on 1,024, and then meet rain that neither has seen.  Read from the top.
+The central experiment of Hu et al., "Revisiting the Generalization Problem of Low-level Vision
+Models Through the Lens of Image Deraining" (arXiv 2502.12600), in a minute: two copies of a network
+learn to remove rain, one on 8 backgrounds, one on 1,024, and meet rain that neither has seen.
 
 1 rain           RainRange, streak_kernel, streak_seeds, rain_layers, add_rain, rain_degradation
-2 backgrounds    draw_face, draw_dead_leaves, load_images, sample_patches, sharpness
-3 networks       ResNet, UNet, WindowAttention, SwinBlock, SwinIR, build_network
-4 content prior  PixelAttention, Encoder, Decoder, Codebook, VQGAN, load_vqgan, pretrain, VQGANPrior
+2 backgrounds    draw_face, draw_dead_leaves, open_image, load_images, sample_patches, sharpness
+3 networks       ResNet, UNet, to_windows, shift_mask, WindowAttention, SwinBlock, SwinIR
+4 content prior  ResidualBlock, PixelAttention, Level, Encoder, Decoder, Codebook, VQGAN
+                 load_vqgan, pretrain, VQGANPrior
 5 training       train, save_checkpoint, load_checkpoint
 6 evaluation     rain_mask, decoupled_evaluation, psnr, ssim, opening, predict, restore
 7 main job       training_and_held_out, training_patches, few_against_many, figure_headline
@@ -682,8 +682,8 @@ def load_vqgan(path: str | Path) -> VQGAN:
         raise BadInput(f"{path} holds no VQGAN ({type(problem).__name__})") from None
     return vqgan
 
-# Our own prior: latents 4 times smaller than the image, and 256 codes, too few to represent rain.
-# 8 groups: 4 channels each, as published.  (With 1, the brightness of rain reaches every pixel.)
+# Our own prior: latents 4 times smaller than the image, 256 codes.  8 groups: 4 channels in each, as
+# published; with 32 groups each channel's mean over the patch, brightness included, is subtracted.
 PRIOR = dict(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=64,
              z_channels=64, n_embed=256, embed_dim=16, groups=8)
 
