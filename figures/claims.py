@@ -356,8 +356,8 @@ def make_claims(images: str, steps: int) -> dict[str, Claim]:
         "benchmark": Claim("the usual benchmark, in the training rain, picks 1,024 (Fig. 1)", {
             label: (many, fewer) for label, (fewer, many) in panels.items()}, ("training",)),
         "balance": Claim("the wider the range of rain, the more backgrounds are best", {
-            "8 against 1,024, large rain": few(large),
-            "1,024, large against small": (large, run)}),
+            "large rain: 1,024, 8 backgrounds": (large, replace(large, n=8)),
+            "1,024 backgrounds: large, small rain": (large, run)}),
         "sharp": Claim("backgrounds of low sharpness beat those of high (Fig. 5)", {
             "64 backgrounds": (replace(sharp, third="low"), replace(sharp, third="high"))}),
         "blur": Claim("the same for motion blur of other directions", {
