@@ -40,11 +40,6 @@ def test_dead_leaves_are_sharper_than_faces_and_leave_no_gap():
         assert (leaves == 0).all(0).mean() < 0.03  # the empty canvas is 0
 
 
-def test_faces_have_one_layout():
-    faces = batch("faces")
-    assert faces[:, :, 50:70].mean(1).flatten(1).amin(1).max() < 0.2  # pupils
-
-
 @pytest.mark.backgrounds
 def test_dead_leaves_have_a_natural_spectrum():
     """Natural images have power ~ f^-a with a near 2; white noise would have a = 0."""
