@@ -527,16 +527,14 @@ def main() -> None:
         if name not in claims:
             parser.error(f"there is no claim {name!r}; there are {', '.join(claims)}")
     standard = args.seeds >= SEEDS and args.steps == STEPS and not args.fresh
-    out = FIGURES if standard else args.runs
-    args.runs.mkdir(parents=True, exist_ok=True)
+    out = FIGURES / images.replace("faces", "") if standard else args.runs
+    for folder in (args.runs, out):
+        folder.mkdir(parents=True, exist_ok=True)
     table = read_table(out / "runs.csv")
-    finished = {}
-    for name in args.claims or claims:
-        runs = runs_of(name, claims[name], args.seeds)
-        if not args.draw:
-            do_runs(runs, table, args.runs, args.backgrounds)
-        if table.keys() >= set(runs):
-            finished[name] = claims[name]
+    runs = {name: runs_of(name, claims[name], args.seeds) for name in claims}
+    for name in [] if args.draw else args.claims or claims:
+        do_runs(runs[name], table, args.runs, args.backgrounds)
+    finished = {name: claims[name] for name in claims if table.keys() >= set(runs[name])}
     if os.environ.get("RANK", "0") == "0" and finished:
         write_table(table, out / "runs.csv")
         report(finished, table, args.seeds, out)

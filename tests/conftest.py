@@ -1,6 +1,5 @@
 """What all tests share: the module under test, and a few small images."""
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,18 +36,9 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def run():
-    """Run `python derain.py ARGUMENTS` as a user would; returns the finished process."""
-    def command(*arguments, **options):
-        return subprocess.run([sys.executable, ROOT / "derain.py", *map(str, arguments)],
-                              text=True, capture_output=True, timeout=120, **options)
-    return command
-
-
 @pytest.fixture
 def call(capfd):
-    """The same without a new process: returns status, output and errors."""
+    """Run `python derain.py ARGUMENTS`, without a new process: status, output and errors."""
     def command(*arguments):
         import derain
         capfd.readouterr()

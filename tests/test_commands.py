@@ -2,6 +2,8 @@
 
 import csv
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -164,8 +166,8 @@ def test_bad_input_is_one_line_and_status_2(call, model, photos, tmp_path, capfd
     assert not out.exists()
 
 
-def test_it_runs_as_a_program(run):
-    done = run("--help")
+def test_it_runs_as_a_program():
+    done = subprocess.run([sys.executable, derain.__file__, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "restore" in done.stdout
 
 
