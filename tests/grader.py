@@ -34,13 +34,6 @@ def pytest_configure(config):
         pytest.exit(f"{Path(file).name}: 0, as it cannot be imported: {reason}", returncode=1)
 
 
-def pytest_ignore_collect(collection_path, config):
-    """The student's file is no test, though pytest may take it for one."""
-    file = config.getoption("--module")
-    if file and collection_path == Path(file).resolve():
-        return True
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """A blank is reported in one line."""
@@ -54,14 +47,12 @@ def pytest_terminal_summary(terminalreporter, config):
     """One line for the gradebook: passed tests of each mark."""
     if not config.getoption("--module"):
         return
-    right, wrong = ({report.nodeid: report.keywords for report in terminalreporter.getreports(kind)}
-                    for kind in ("passed", "failed"))
-    for report in terminalreporter.getreports("error"):
-        wrong[report.nodeid] = report.keywords
+    right = terminalreporter.getreports("passed")
+    wrong = terminalreporter.getreports("failed") + terminalreporter.getreports("error")
     grades = []
     for mark in MARKS:
-        passed = sum(mark in keywords for keywords in right.values())
-        failed = sum(mark in keywords for keywords in wrong.values())
+        passed = sum(mark in report.keywords for report in right)
+        failed = sum(mark in report.keywords for report in wrong)
         if passed + failed:
             grades.append(f"{mark} {passed}/{passed + failed}")
     name = Path(config.getoption("--module")).name

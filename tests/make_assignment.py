@@ -12,7 +12,6 @@ What each asks is in tests/coursework.md.
 
 import argparse
 import ast
-import importlib.util
 import re
 import shutil
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from wrong import SOURCE, WRONG, find, put, source_of
 
 TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 BLANK = "is not written yet"  # ends the message of each blank; grader.py knows blanks by it
 EVALUATION = ["rain_mask", "decoupled_evaluation", "psnr"]
 ASSIGNMENTS = {
@@ -34,10 +34,9 @@ ASSIGNMENTS = {
     "quantization": ["ResidualBlock.forward", "PixelAttention.forward", "Codebook.forward",
                      "VQGANPrior.forward", "VQGANPrior.loss"],
 }
-TEST_FILE = '''"""Tests of rain_mask, decoupled_evaluation and psnr, to catch wrong solutions."""
+TEST_FILE = '''"""Tests of rain_mask, decoupled_evaluation and psnr: functions without arguments."""
 
-import math
-
+import pytest
 import torch
 
 import derain
@@ -72,49 +71,55 @@ def page_of(name: str) -> str:
 
 
 def write_handout(folder: Path, name: str, student: str) -> None:
-    """A folder with the blanks, the tests that grade, their data, and the assignment's page."""
-    (folder / "tests").mkdir(parents=True)
+    """A folder with the blanks, the tests that grade, and what they and the page refer to."""
+    tests = [file for file in TESTS.glob("test_*.py")
+             if f"pytest.mark.{name}\n" in file.read_text(encoding="utf-8")]
+    page = page_of(name)
+    text = page + "".join(file.read_text(encoding="utf-8") for file in tests)
+    files = tests + [TESTS / f"{helper}.py" for helper in ("conftest", "grader", "golden")]
+    files += [file for file in TESTS.glob("data/*") if file.name in text]
+    files += [ROOT / link for link in re.findall(r"\]\(\.\./([^)]+)\)", page)]
+    for file in [*files, ROOT / "requirements.txt"]:
+        copy = folder / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
     (folder / "derain.py").write_text(student, encoding="utf-8")
-    (folder / "README.md").write_text(page_of(name), encoding="utf-8")
-    shutil.copy(TESTS.parent / "requirements.txt", folder)
-    shutil.copytree(TESTS / "data", folder / "tests" / "data")
-    for file in TESTS.glob("*.py"):
-        marked = f"@pytest.mark.{name}\n" in file.read_text() or (
-            f"pytestmark = pytest.mark.{name}\n" in file.read_text())
-        if marked or file.name in ("conftest.py", "grader.py", "golden.py"):
-            shutil.copy(file, folder / "tests")
+    (folder / "README.md").write_text(page.replace("](../", "]("), encoding="utf-8")
 
 
-def failures(derain, tests: list) -> list[str]:
-    """The names of the student's tests that fail on the module as it is now."""
-    names = []
-    for test in tests:
+def failures(file: Path) -> dict[str, str]:
+    """The student's tests that fail on the module as it is now, and how."""
+    import pytest
+    problems = {}
+    mine = {"__name__": "mine"}
+    exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), mine)
+    for name in [name for name in mine if name.startswith("test")]:
         try:
-            test()
-        except Exception:
-            names.append(test.__name__)
-    return names
+            mine[name]()
+        except (Exception, pytest.fail.Exception) as problem:  # the second is none of the first
+            problems[name] = f"{type(problem).__name__} {problem}".splitlines()[0]
+    return problems
 
 
 def grade_tests(file: Path) -> int:
     """Run the student's tests on the right solution and on wrong ones; returns the exit status."""
     import pytest
-    sys.path.insert(0, str(TESTS.parent))
+    sys.path.insert(0, str(ROOT))
     import derain
-    spec = importlib.util.spec_from_file_location("mine", file)
-    mine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mine)
-    tests = [value for name, value in vars(mine).items() if name.startswith("test")]
-    unfair = failures(derain, tests)
+    try:
+        unfair = failures(file)
+    except Exception as problem:
+        print(f"{file} cannot be run: {type(problem).__name__}: {problem}", file=sys.stderr)
+        return 2
     caught, all_wrong = 0, [wrong for wrong in WRONG if wrong[0] in EVALUATION]
     for function, mistake, old, new in all_wrong:
         with pytest.MonkeyPatch.context() as patch:
             put(patch, derain, function, source_of(function).replace(old, new))
-            found = [name for name in failures(derain, tests) if name not in unfair]
+            found = failures(file).keys() - unfair.keys()
         caught += bool(found)
         print(f"{'caught' if found else 'missed'}: {function}, {mistake}")
-    for name in unfair:
-        print(f"unfair: {name} fails on the right solution, and does not count")
+    for name, problem in unfair.items():
+        print(f"unfair: {name} fails on the right solution ({problem}), and does not count")
     print(f"{file.name}: {caught} of {len(all_wrong)} wrong solutions caught, {len(unfair)} unfair")
     return int(bool(unfair))
 
@@ -150,9 +155,9 @@ def main() -> int:
     target = Path(args.output)
     if target.exists():
         fail(f"{target} is there already; move it away, or choose another name")
-    names = []
-    for name in args.assignments:
-        names += ASSIGNMENTS.get(name, [])
+    if len(args.assignments) > 1 and (target.suffix != ".py" or "testing" in args.assignments):
+        fail("one assignment a folder, and testing alone, please")
+    names = [name for chosen in args.assignments for name in ASSIGNMENTS.get(chosen, [])]
     student = blank(SOURCE.read_text(encoding="utf-8"), names)
     try:
         if args.assignments == ["testing"]:
@@ -161,6 +166,7 @@ def main() -> int:
             target.write_text(student, encoding="utf-8")
             beside = target.parent / "conftest.py"  # or pytest would not know the option --module
             if not beside.exists():
+                print(f"wrote {beside}, which tells pytest of --module")
                 beside.write_text(f"import sys\n\nsys.path.insert(0, {str(TESTS)!r})\n"
                                   'pytest_plugins = ["grader"]\n')
         else:

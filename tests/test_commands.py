@@ -167,7 +167,8 @@ def test_bad_input_is_one_line_and_status_2(call, model, photos, tmp_path, capfd
 
 
 def test_it_runs_as_a_program():
-    done = subprocess.run([sys.executable, derain.__file__, "--help"], capture_output=True, text=True)
+    command = [sys.executable, derain.__file__, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "restore" in done.stdout
 
 

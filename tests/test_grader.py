@@ -9,20 +9,11 @@ import pytest
 import derain
 from conftest import ROOT
 from grader import MARKS
-from make_assignment import ASSIGNMENTS, BLANK, blank, page_of
+from make_assignment import ASSIGNMENTS, BLANK, blank, page_of, write_handout
 from wrong import SOURCE, WRONG, find, put, source_of
 
-# Right solutions that look different; the tests must pass them.
-RIGHT = (
-    ("rain_mask", """
-def rain_mask(rainy, clean):
-    levels = 255 * (rainy.double() - clean.double())
-    wet = torch.zeros_like(levels[:, 0], dtype=torch.bool)
-    for c in range(levels.shape[1]):
-        wet |= levels[:, c].abs() > 4.0001
-    return wet[:, None]
-"""),
-    ("decoupled_evaluation", """
+# A right solution that looks different; the tests must pass it.
+IN_NUMPY = """
 def decoupled_evaluation(output, rainy, clean):
     if output.shape != rainy.shape or rainy.shape != clean.shape:
         raise ValueError("these do not belong together")
@@ -37,26 +28,23 @@ def decoupled_evaluation(output, rainy, clean):
     return {"ssim": similar, "psnr": psnr(output, clean), "E_B": rms(o[~wet] - b[~wet]),
             "E_W": rms(o[wet] - b[wet]), "E_R": rms(o[wet] - r[wet]),
             "E_R_ideal": rms(b[wet] - r[wet])}
-"""),
-    ("psnr", """
-def psnr(output, clean):
-    if output.shape != clean.shape:
-        raise ValueError
-    total = 0.0
-    for a, b in zip(output, clean):
-        error = float(((a - b).double() ** 2).mean())
-        total += math.inf if error == 0 else 10 * math.log10(1 / error)
-    return total / len(output)
-"""),
-    ("Codebook.forward", """
-def forward(self, latent):
-    n, d, h, w = latent.shape
-    vectors = latent.permute(0, 2, 3, 1).reshape(-1, d)
-    indices = torch.cdist(vectors, self.embedding.weight).argmin(1)
-    codes = self.embedding(indices).view(n, h, w, d).permute(0, 3, 1, 2)
-    loss = ((codes.detach() - latent) ** 2).mean() + 0.25 * ((codes - latent.detach()) ** 2).mean()
-    return latent - latent.detach() + codes.detach(), indices.view(n, h, w), loss
-"""),
+"""
+
+# Right solutions that differ in a part: the function, what derain.py says, what they say.
+RIGHT = (
+    ("rain_mask", "difference > RAIN_THRESHOLD + 1e-6", "255 * difference.double() > 4.0001"),
+    ("rain_mask", ".abs().amax(1, keepdim=True)", ".square().amax(1, keepdim=True).sqrt()"),
+    ("decoupled_evaluation", "difference.double()", "difference"),
+    ("psnr", "(-10 * torch.log10(mse))", "(20 * torch.log10(1 / mse.sqrt()))"),
+    ("psnr", "(output.double() - clean.double()).square()", "((clean - output) ** 2)"),
+    ("ssim", "F.conv2d(F.conv2d(image, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))",
+     "F.conv2d(image, torch.outer(window, window)[None, None])"),
+    ("train", '"training", step)', '"mine", step)'),
+    ("train", "fused=True", "lr=RATE"),
+    ("Codebook.forward", "(codes.square().sum(1) - 2 * vectors @ codes.T)",
+     "(vectors[..., None, :] - codes).square().sum(-1)"),
+    ("Codebook.forward", "latent + (quantized - latent).detach()",
+     "latent - latent.detach() + quantized.detach()"),
 )
 
 
@@ -69,7 +57,10 @@ class Session:
     def pytest_runtestloop(self, session):
         from _pytest.runner import runtestprotocol
         solutions = [("add_rain", "", source_of("add_rain"))]  # the reference
-        solutions += [(function, "", source) for function, source in RIGHT]
+        solutions.append(("decoupled_evaluation", "", IN_NUMPY))
+        for function, old, new in RIGHT:
+            assert old in source_of(function), f"{function} no longer says {old!r}"
+            solutions.append((function, "", source_of(function).replace(old, new)))
         for function, mistake, old, new in WRONG:
             solutions.append((function, mistake, source_of(function).replace(old, new)))
         module = None
@@ -140,19 +131,27 @@ def command(*arguments, cwd=ROOT):
                           capture_output=True, timeout=100)
 
 
-def test_a_handout_stands_alone_without_solutions(tmp_path):
-    made = command("tests/make_assignment.py", "rain", "-o", tmp_path / "handout")
-    assert made.returncode == 0
-    text = "".join(file.read_text() for file in (tmp_path / "handout").rglob("*.*")
-                   if file.suffix != ".npz")
-    for name in ASSIGNMENTS["rain"]:
-        assert source_of(name).splitlines()[-1].strip() not in text
-    assert str(ROOT) not in text and "`rain_layers`" in text
-    graded = command("-m", "pytest", "-q", "-m", "rain", cwd=tmp_path / "handout")
-    assert graded.returncode == 1 and "is not written yet" in graded.stdout
-    assert "Traceback" not in graded.stdout
-    (tmp_path / "handout" / "derain.py").write_text(SOURCE.read_text())
-    assert command("-m", "pytest", "-q", "-m", "rain", cwd=tmp_path / "handout").returncode == 0
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_a_handout_has_no_solution(name, tmp_path):
+    source = SOURCE.read_text(encoding="utf-8")
+    write_handout(tmp_path, name, blank(source, ASSIGNMENTS[name]))
+    files = [*tmp_path.rglob("*.py"), *tmp_path.rglob("*.md")]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    for function in ASSIGNMENTS[name]:
+        node = find(ast.parse(source), function)
+        body = source.splitlines()[node.body[0].end_lineno:node.end_lineno]
+        assert f"`{function}`" in text and max(body, key=len).strip() not in text
+    assert str(ROOT) not in text and "wrong.py" not in {file.name for file in files}
+
+
+def test_a_handout_stands_alone(tmp_path):
+    folder = tmp_path / "handout"
+    assert command("tests/make_assignment.py", "quantization", "-o", folder).returncode == 0
+    graded = command("-m", "pytest", "-q", "-m", "quantization", cwd=folder)
+    assert graded.returncode == 1 and "Codebook.forward is not written yet" in graded.stdout
+    assert "Traceback" not in graded.stdout and " passed" not in graded.stdout
+    (folder / "derain.py").write_text(SOURCE.read_text(encoding="utf-8"), encoding="utf-8")
+    assert command("-m", "pytest", "-q", "-m", "quantization", cwd=folder).returncode == 0
 
 
 def test_a_file_is_graded_in_one_line(tmp_path):
@@ -169,10 +168,12 @@ def test_a_file_is_graded_in_one_line(tmp_path):
 def test_tests_of_students_are_graded(tmp_path):
     mine = tmp_path / "mine.py"
     assert command("tests/make_assignment.py", "testing", "-o", mine).returncode == 0
-    mine.write_text(mine.read_text() + "\n\ndef test_unfair():\n    assert False\n")
+    mine.write_text(mine.read_text() + "    with pytest.raises(ValueError):\n"
+                    "        derain.psnr(clean, clean[..., :9])\n\ndef test_b():\n    assert False")
     graded = command("tests/make_assignment.py", "--grade", mine)
     assert graded.returncode == 1 and "caught: decoupled_evaluation, E_R against" in graded.stdout
     assert "missed: psnr, 20 log10" in graded.stdout and "1 unfair" in graded.stdout
+    assert "caught: psnr, shapes unchecked" in graded.stdout
 
 
 @pytest.mark.parametrize("wrong", [("rane", "-o", "x.py"), ("rain",), ("rain", "--hard"),

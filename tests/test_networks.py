@@ -77,13 +77,9 @@ def test_a_swin_block_is_a_loop_over_pixels(shift):
 
 @pytest.mark.attention
 def test_attention_of_one_window_needs_nothing_else():
-    """Windows of one pixel: the softmax is 1, and what comes out is the projected value."""
+    """A mask of -100 leaves a pixel with itself: what comes out is the projected value."""
     torch.manual_seed(0)
-    attention = derain.WindowAttention(6, 2, 1)
-    windows = torch.randn(5, 1, 6)
-    value = attention.qkv(windows)[..., 12:]
-    torch.testing.assert_close(attention(windows, None), attention.proj(value))
-    attention = derain.WindowAttention(6, 2, 2)  # a mask of -100 leaves a pixel with itself alone
+    attention = derain.WindowAttention(6, 2, 2)
     windows = torch.randn(3, 4, 6)
     mask = (-100 * (1 - torch.eye(4)))[None]
     value = attention.qkv(windows)[..., 12:]
@@ -107,8 +103,13 @@ def test_windows_are_put_back():
 
 
 @pytest.mark.attention
-def test_shift_mask_separates_opposite_sides():
+def test_shift_mask_separates_opposite_sides(monkeypatch):
     """Pixels of a rolled image may attend to one another if they were neighbours before rolling."""
+    def windows_of_one(image, window):  # so that this test needs shift_mask only
+        rows = image.split(window, 1)
+        return torch.cat([torch.cat(row.split(window, 2)) for row in rows]).flatten(1, 2)
+
+    monkeypatch.setattr(derain, "to_windows", windows_of_one)
     mask = derain.shift_mask(8, 12, 4)
     assert mask.shape == (6, 16, 16)
     place = torch.arange(8 * 12).view(1, 8, 12, 1)
@@ -121,6 +122,19 @@ def test_shift_mask_separates_opposite_sides():
             near_x = (pixels % 12 - pixels[a] % 12).abs() < 4
             assert torch.equal(mask[window, a] == 0, near_y & near_x)
             assert (mask[window, a][~(near_y & near_x)] <= -50).all()
+
+
+@pytest.mark.attention
+def test_a_swin_block_needs_nothing_else(monkeypatch):
+    """On an image of one window, with attention that passes on what it gets."""
+    monkeypatch.setattr(derain, "to_windows", lambda image, window: image.flatten(1, 2))
+    monkeypatch.setattr(derain, "from_windows", lambda windows, window, shape: windows.view(shape))
+    monkeypatch.setattr(derain, "shift_mask", lambda h, w, window: torch.zeros(1, 9, 9))
+    block, image = derain.SwinBlock(6, 2, 3, 1, 12), torch.randn(2, 3, 3, 6)
+    monkeypatch.setattr(block.attn, "forward", lambda windows, mask: windows)
+    middle = image + block.norm1(image)
+    hidden = torch.nn.functional.gelu(block.mlp["fc1"](block.norm2(middle)))
+    torch.testing.assert_close(block(image), middle + block.mlp["fc2"](hidden))
 
 
 @pytest.mark.parametrize("name", ("resnet", "unet", "swinir"))
@@ -151,40 +165,44 @@ def test_padding_reflects_at_the_right_and_the_bottom():
     assert tiny.shape == (2, 3, 8, 8) and torch.equal(tiny[..., 7, 7], image[..., 0, 1])
 
 
-@pytest.mark.training
-def test_unet_gets_its_details_back():
-    """With the bottom silenced, an output pixel depends on its neighbours through the details."""
-    network = derain.build_network(derain.UNet)
-    for parameter in network.bottom.parameters():
-        torch.nn.init.zeros_(parameter)
-    image = torch.rand(1, 3, 16, 16, requires_grad=True)
-    network(image)[0, :, 7, 7].sum().backward()
-    reached = image.grad[0].abs().sum(0) > 0
-    assert reached[7, 7] and reached[6, 8]
+def run_and_record(network, image):
+    """The output, and what went into each layer and came out of it."""
+    into, out = {}, {}
+
+    def keep(layer, inputs, output):
+        into[layer], out[layer] = inputs[0], output
+
+    for layer in network.modules():
+        layer.register_forward_hook(keep)
+    return network(image), into, out
 
 
 @pytest.mark.training
-def test_unet_by_hand():
-    network = derain.build_network(derain.UNet, channels=4)
-    image = torch.rand(1, 3, 8, 12)
-    pool = torch.nn.functional.max_pool2d
-    first = network.down[0](image)
-    second = network.down[1](pool(first, 2))
-    bottom = network.bottom(pool(second, 2))
-    up = network.up[0](torch.cat([second, network.grow[0](bottom)], 1))
-    up = network.up[1](torch.cat([first, network.grow[1](up)], 1))
-    torch.testing.assert_close(network(image), network.tail(up))
-    assert network(image[..., :5, :7]).shape == (1, 3, 5, 7)
+def test_unet_gets_its_details_back(monkeypatch):
+    """What goes into each layer came out of the right ones; needs no pad_to_multiple."""
+    monkeypatch.setattr(derain, "pad_to_multiple",
+                        lambda images, _: torch.nn.functional.pad(images, (0, 3, 0, 1)))
+    network = derain.UNet(channels=4)
+    restored, into, out = run_and_record(network, torch.rand(2, 3, 7, 9))
+    first, second = network.down
+    for upper, lower in ((first, second), (second, network.bottom)):
+        assert torch.equal(into[lower], torch.nn.functional.max_pool2d(out[upper], 2))
+    assert torch.equal(into[network.grow[0]], out[network.bottom])
+    for details, grow, level in zip((second, first), network.grow, network.up):
+        left, right = into[level].chunk(2, 1)
+        assert torch.equal(left, out[details]) and torch.equal(right, out[grow])
+    assert torch.equal(restored, out[network.tail][..., :7, :9])
 
 
 @pytest.mark.training
 def test_resnet_adds_its_blocks():
     network = derain.ResNet(channels=4, blocks=2)
-    x = torch.rand(1, 3, 9, 9)
-    features = network.head(x)
-    for block in network.body:
-        features = features + block(features)
-    torch.testing.assert_close(network(x), network.tail(features))
+    restored, into, out = run_and_record(network, torch.rand(1, 3, 9, 9))
+    first, second = network.body
+    assert torch.equal(into[first], out[network.head])
+    torch.testing.assert_close(into[second] - into[first], out[first], atol=1e-6, rtol=0)
+    torch.testing.assert_close(into[network.tail] - into[second], out[second], atol=1e-6, rtol=0)
+    assert torch.equal(restored, out[network.tail])
 
 
 def test_fields_of_view():

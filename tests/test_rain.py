@@ -55,24 +55,17 @@ def test_kernel_batch_equals_singles():
         assert torch.allclose(inner, single, atol=1e-6)
 
 
-def test_width_and_length_at_half_brightness():
-    kernel = derain.streak_kernel(5.0, 31.0, 0.0)
-    centre = len(kernel) // 2
-    assert abs((kernel[centre] > 0.5).sum() - 5) <= 1
-    assert abs((kernel[:, centre] > 0.5).sum() - 31) <= 1
-
-
-@pytest.mark.parametrize("quantity", [20, 100])
-def test_quantity_is_the_number_of_seeds(quantity, rng):
-    noise = torch.from_numpy(rng.random((1, 1000, 1000), dtype=np.float32))
-    seeds = derain.streak_seeds(noise, torch.tensor([float(quantity)]))
-    expected = quantity / 10_000 * noise.numel()
-    assert abs((seeds > 0).sum().item() - expected) < 5 * math.sqrt(expected)
+def test_quantity_is_the_number_of_seeds(rng):
+    noise = torch.from_numpy(rng.random((2, 1000, 1000), dtype=np.float32))
+    both = derain.streak_seeds(noise, torch.tensor([20.0, 100.0]))
     low, high = derain.STREAK_PEAK
-    peaks = seeds[seeds > 0]
-    assert low <= peaks.min() and peaks.max() <= high
-    assert abs(peaks.mean() - (low + high) / 2) < 0.01  # uniform within the interval
-    assert (seeds[noise < 0.98] == 0).all()  # the top of the noise, not the bottom
+    for seeds, above, quantity in zip(both, noise, (20, 100)):
+        expected = quantity / 10_000 * seeds.numel()
+        assert abs((seeds > 0).sum().item() - expected) < 5 * math.sqrt(expected)
+        peaks = seeds[seeds > 0]
+        assert low <= peaks.min() and peaks.max() <= high
+        assert abs(peaks.mean() - (low + high) / 2) < 0.01  # uniform within the interval
+        assert np.corrcoef(peaks, above[seeds > 0])[0, 1] > 0.999  # the highest is the brightest
 
 
 def fourier_angle(layer):
@@ -92,16 +85,17 @@ def test_direction_can_be_measured(direction, rng):
     assert abs(np.mean([fourier_angle(layer) for layer in layers]) - direction) < 2
 
 
-def test_either_side_mirrors_half(rng):
-    fixed = derain.RainRange((50, 50), (2, 2), (18, 18), (60, 60), either_side=True)
-    angles = [fourier_angle(layer[0].numpy()) for layer in derain.rain_layers(40, 96, fixed, rng)]
-    right = sum(angle > 0 for angle in angles)
-    assert 8 <= right <= 32 and all(abs(abs(angle) - 60) < 12 for angle in angles)
-
-
 @pytest.mark.parametrize("name", ["large", "unseen"])
-def test_layers_equal_a_plain_loop(name):
-    """Each seed leaves one kernel, its own image's, also when it lies outside the frame."""
+def test_layers_equal_a_plain_loop(name, monkeypatch):
+    """Each seed leaves one kernel, its own image's, also when it lies outside the frame.
+    Simple kernels and seeds stand in, so that this test needs rain_layers only."""
+    def kernel(width, length, direction):  # (n, 15, 15)
+        slope = (width + 0.1 * length + 0.01 * direction)[:, None, None]
+        return slope * torch.arange(225).view(15, 15) / 900
+
+    monkeypatch.setattr(derain, "streak_kernel", kernel)
+    monkeypatch.setattr(derain, "streak_seeds", lambda noise, quantity:
+                        noise * (noise > 1 - quantity.view(-1, 1, 1) / 10_000))
     rain_range, n, height, width = derain.RAIN[name], 3, 40, 29
     layers = derain.rain_layers(n, (height, width), rain_range, np.random.default_rng(3))
     rng = np.random.default_rng(3)
@@ -125,22 +119,6 @@ def test_layers_equal_a_plain_loop(name):
         assert np.abs(layers[i, 0].numpy() - plain).max() < 1e-5
 
 
-def test_same_seed_same_bytes():
-    layers = [derain.rain_layers(4, 50, derain.RAIN["unseen"], np.random.default_rng(seed))
-              for seed in (1, 1, 2)]
-    assert torch.equal(layers[0], layers[1]) and not torch.equal(layers[0], layers[2])
-
-
-def test_ranges_nest_and_unseen_is_unseen():
-    small, medium, large = (derain.RAIN[name] for name in ("small", "medium", "large"))
-    for factor in ("quantity", "width", "length", "direction"):
-        a, b, c = (getattr(rain_range, factor) for rain_range in (small, medium, large))
-        assert c[0] < b[0] < a[0] < a[1] < b[1] < c[1]
-    unseen = derain.RAIN["unseen"]
-    assert unseen.length[0] > large.length[1]
-    assert unseen.direction[0] > max(abs(d) for d in large.direction)
-
-
 def test_add_rain_clips_and_is_grey():
     background = torch.tensor([0.0, 0.5, 0.9]).view(1, 3, 1, 1).expand(1, 3, 2, 2).clone()
     before = background.clone()
@@ -154,5 +132,5 @@ def test_a_degradation_rains_afresh():
     degrade = derain.rain_degradation(derain.RAIN["large"])
     rainy = degrade(clean, np.random.default_rng(0))
     rain = derain.rain_layers(2, (30, 20), derain.RAIN["large"], np.random.default_rng(0))
-    assert torch.equal(rainy, (clean + rain).clamp(0, 1))
+    assert torch.equal(rainy, derain.add_rain(clean, rain))
     assert not torch.equal(rainy, degrade(clean, np.random.default_rng(1)))

@@ -1,132 +1,110 @@
-"""toy_denoise.py: signals, the ensemble, the two measures and the verdict, against plain loops."""
-
-import csv
+"""toy_denoise.py: signals, training, the two measures and the verdict, against plain loops."""
 import math
+import sys
 
-import numpy as np
 import pytest
 import torch
 
 import toy_denoise as toy
 
 
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("first, count", [(1, 1), (11, 4), (21, 8)])
-def test_tones_are_sinusoids_of_their_band_at_rms_1(first, count):
-    signals = toy.tones(toy.draw(6, generators(0))[0], first, count)
-    assert signals.shape == (6, toy.N)
-    assert torch.allclose(signals.square().mean(-1), torch.ones(6), atol=1e-5)
-    power = torch.fft.rfft(signals).abs()
-    inside = power[:, first:first + count].square().sum(1)
-    assert torch.allclose(inside, power.square().sum(1), rtol=1e-4)
-    assert (power[:, first:first + count].amin(0) < power[:, first:first + count].amax(0)).all()
+def test_tones_are_the_sum_that_a_plain_loop_adds_up_and_clicks_hit_four_samples():
+    drawn = torch.randn(3, 16, generator=generator(5))
+    for row, found in zip(drawn, toy.tones(3, 21, 4, generator(5))):
+        expected = torch.zeros(toy.N)
+        for i in range(4):
+            angle = 2 * math.pi * (21 + i) * torch.arange(toy.N) / toy.N
+            expected += row[2 * i] * angle.cos() + row[2 * i + 1] * angle.sin()
+        expected /= expected.square().mean().sqrt()
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    clicks = toy.clicks(2000, generator(0))
+    assert ((clicks != 0).sum(1) == 4).all() and (clicks < 0).any(0).all()
+    torch.testing.assert_close(clicks.square().mean(1), torch.ones(2000))
 
 
-def test_clicks_hit_few_samples():
-    clicks = toy.clicks(50, generators(0)[0])
-    assert ((clicks != 0).sum(1) == toy.CLICKS).all()
-    assert torch.allclose(clicks.square().mean(1), torch.ones(50), atol=1e-5)
+def test_training_takes_the_steps_of_a_network_written_out_by_hand():
+    draws, weights = generator(3), []
+    for a, b in ((toy.N, 128), (128, 128), (128, toy.N)):
+        weights += [torch.randn(a, b, generator=draws).T * math.sqrt(2 / a), torch.zeros(b)]
+    adam, draws = torch.optim.Adam([w.requires_grad_() for w in weights]), generator(1_000_003)
+    for step in range(6):
+        clean = toy.tones(32, 1, 2, draws)
+        x = clean + toy.tones(32, 11, 4, draws)
+        for weight, bias in zip(weights[:4:2], weights[1:4:2]):
+            x = (x @ weight.T + bias).clamp(min=0)
+        loss = (x @ weights[4].T + weights[5] - clean).square().mean()
+        adam.param_groups[0]["lr"] = 5e-3 * (1 + math.cos(math.pi * step / 6)) / 2
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    model, found = toy.train(2, 4, 3, 6)
+    assert found == pytest.approx(loss.item(), rel=1e-3)
+    torch.testing.assert_close(list(model.parameters()), weights, atol=1e-4, rtol=0)
 
 
-def test_the_grid_pairs_every_function_with_every_noise():
-    functions = [torch.full((2, 3, 4), float(k)) for k in range(2)]
-    noises = [torch.full((2, 3, 4), float(10 + j)) for j in range(3)]
-    clean, noise = toy.grid(functions, noises)
-    pairs = [(clean[i, 0, 0].item(), noise[i, 0, 0].item()) for i in range(12)]
-    assert pairs == [(k, j) for k in (0, 1) for j in (10, 11, 12) for _ in range(2)]
+def test_noise_left_and_damage_against_a_loop_and_closed_forms():
+    clean, noise = toy.tones(9, 1, 2, generator(0)), toy.tones(9, 11, 2, generator(1))
+    for gain in (1, 0, 0.3):  # all passed on, a blank output, and between
+        found = toy.decoupled_evaluation(lambda x: gain * x, clean, noise)
+        assert found.tolist() == pytest.approx([100 * gain, 100 - 100 * gain], abs=1e-3)
+    left = damage = error = 0.0
+    for c, v in zip(clean.flatten().tolist(), noise.flatten().tolist()):
+        plus, minus = math.tanh(c + v), math.tanh(c - v)
+        left += ((plus - minus) / 2) ** 2 / (9 * toy.N)
+        damage += ((plus + minus) / 2 - c) ** 2 / (9 * toy.N)
+        error += ((plus - c) ** 2 + (minus - c) ** 2) / (2 * 9 * toy.N)
+    found = toy.decoupled_evaluation(torch.tanh, clean, noise).tolist()
+    assert found == pytest.approx([100 * math.sqrt(left), 100 * math.sqrt(damage)], rel=1e-4)
+    assert found[0] ** 2 + found[1] ** 2 == pytest.approx(1e4 * error, rel=1e-4)
 
 
-def test_an_ensemble_is_as_good_as_one_by_one():
-    together = toy.train([1, 8], [2], [3, 4], 6)
-    for k, tones in enumerate((1, 8)):
-        for s, seed in enumerate((3, 4)):
-            alone = toy.train([tones], [2], [seed], 6)
-            for weight, other in zip(together, alone):
-                torch.testing.assert_close(weight[2 * k + s], other[0], atol=1e-4, rtol=1e-3)
+def test_a_network_that_passes_all_on_with_and_without_the_prior():
+    measures, (noisy, clean, output) = toy.evaluate(torch.nn.Identity(), 4, 2, seed=0)
+    assert torch.equal(noisy, output)
+    inside = torch.fft.rfft(torch.stack([clean, noisy - clean])).abs() > 1e-3
+    assert inside[0].nonzero().flatten().tolist() == list(range(1, 5))
+    assert inside[1].nonzero().flatten().tolist() == list(range(21, 29))
+    through = 100 * math.sqrt(2 * 4 / toy.N)  # of the clicks: the prior passes 8 of 64 dimensions
+    for noise, held in {"trained": 0, "unseen band": 0, "unseen clicks": through}.items():
+        assert measures[noise, "network"].tolist() == pytest.approx([100, 0], abs=0.01)
+        for restorer in ("prior alone", "network + prior"):
+            assert measures[noise, restorer].tolist() == pytest.approx([held, 0], rel=0.1, abs=0.01)
 
 
-def test_the_network_is_a_plain_perceptron():
-    weights = [w[None] for w in toy.initial_weights(1)]
-    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(),
-                                torch.nn.Linear(128, 128),
-                                torch.nn.ReLU(), torch.nn.Linear(128, 64))
-    with torch.no_grad():
-        for layer, weight, bias in zip(model[::2], weights[::2], weights[1::2]):
-            layer.weight.copy_(weight[0].T)
-            layer.bias.copy_(bias[0, 0])
-        x = torch.randn(1, 5, 64)
-        torch.testing.assert_close(toy.network(weights, x), model(x))
+def test_swap_effect_and_verdicts_by_hand():
+    table = torch.tensor([[9.0, 1, 2], [5, 9, 3], [6, 7, 0]])  # rows K, columns J
+    assert toy.swap_effect(torch.stack([table, table.T], -1)).tolist() == [4, -4]
+    effects = torch.tensor([-2.0, -1, 0, 1, 2])  # half an interval: 2.776 sqrt(2.5 / 5) = 1.963
+    for mean, word in ((2, "reproduced"), (1.9, "undecided"), (-1.9, "undecided"), (-2, "refuted")):
+        assert toy.verdict(effects + mean).endswith(word)
+    assert "+3.0 points (95 %: +1.0 to +5.0), 5 of 5 seeds" in toy.verdict(effects + 3)
+    assert toy.verdict(effects[:4] + 9).endswith("too few seeds")
 
 
-def test_noise_left_and_damage_against_a_loop(rng):
-    clean, noise = (torch.from_numpy(rng.normal(size=(2, 3, 8))) for _ in range(2))
-
-    def restore(x):
-        return 0.3 * x + x ** 2
-
-    found = toy.decoupled_evaluation(restore, clean, noise)
-    for member in range(2):
-        left, damage, power, loud = 0.0, 0.0, 0.0, 0.0
-        for i, t in np.ndindex(3, 8):
-            c, v = clean[member, i, t].item(), noise[member, i, t].item()
-            plus, minus = restore(c + v), restore(c - v)
-            left += ((plus - minus) / 2) ** 2
-            damage += ((plus + minus) / 2 - c) ** 2
-            power += v ** 2
-            loud += c ** 2
-        assert found[0, member].item() == pytest.approx(100 * math.sqrt(left / power))
-        assert found[1, member].item() == pytest.approx(100 * math.sqrt(damage / loud))
-
-
-def test_limits_of_the_measures_and_their_sum():
-    clean = toy.tones(toy.draw(50, generators(0)), 1, 2)
-    noise = toy.tones(toy.draw(50, generators(1)), 11, 2)
-    for restore, expected in ((lambda x: x, (100, 0)), (lambda x: 0 * x, (0, 100)),
-                              (lambda x: clean, (0, 0)), (lambda x: 0.5 * x, (50, 50))):
-        found = toy.decoupled_evaluation(restore, clean, noise)[:, 0]
-        assert found.tolist() == pytest.approx(expected, abs=1e-3)
-    left, damage = toy.decoupled_evaluation(torch.tanh, clean, noise)[:, 0].tolist()
-    whole = [(torch.tanh(clean + sign * noise) - clean).square().mean() for sign in (1, -1)]
-    assert left ** 2 + damage ** 2 == pytest.approx(1e4 * sum(whole).item() / 2, rel=1e-4)
-
-
-def test_the_prior_is_a_projection_onto_clean_functions():
-    functions = toy.tones(toy.draw(toy.N, generators(0)), 1, 4)
-    prior = toy.content_prior(functions)[0]
-    assert torch.allclose(prior @ prior, prior, atol=1e-4)
-    fresh = toy.tones(toy.draw(9, generators(5))[0], 1, 4)
-    noise = toy.tones(toy.draw(9, generators(6))[0], 11, 8)
-    assert torch.allclose(fresh @ prior, fresh, atol=1e-3) and (noise @ prior).abs().max() < 1e-3
-
-
-def test_effects_and_verdicts_by_hand():
-    left = torch.arange(16.0).view(4, 4)[..., None] * torch.tensor([1.0, 2.0])
-    pairs = [(k, j) for k in range(4) for j in range(k)]
-    expected = np.mean([4 * k + j - 4 * j - k for k, j in pairs])
-    assert toy.swap_effect(left).tolist() == pytest.approx([expected, 2 * expected])
-    effects = torch.tensor([1.0, 2, 3, 4, 5])
-    assert "+3.0 +- 2.0" in toy.verdict(effects) and "5 of 5 seeds" in toy.verdict(effects)
-    assert toy.verdict(effects).endswith("reproduced") and toy.verdict(-effects).endswith("refuted")
-    assert toy.verdict(torch.tensor([1.0, 1, 1, 1, -9])).endswith("undecided")
-    assert "5 seeds" in toy.verdict(effects[:3]) and "reproduced" not in toy.verdict(effects[:3])
-
-
-def test_the_script(tmp_path, monkeypatch, capsys):
+def test_same_seed_same_bytes_and_the_table_is_what_was_measured(tmp_path, monkeypatch, capsys):
     for name in ("one", "two"):
-        options = ["--seeds", "1", "--steps", "3", "--out", str(tmp_path / name)]
-        monkeypatch.setattr("sys.argv", ["toy_denoise.py", *options])
+        options = ["--seeds=1", "--steps=3", f"--out={tmp_path / name}"]
+        monkeypatch.setattr(sys, "argv", ["toy", *options])
         toy.main()
-        assert "toy.png" in capsys.readouterr().out
-    assert (tmp_path / "one/toy.csv").read_bytes() == (tmp_path / "two/toy.csv").read_bytes()
-    rows = list(csv.DictReader(open(tmp_path / "one" / "toy.csv")))
-    assert len(rows) == 3 * 3 * 16 and {"noise_left", "damage"} <= set(rows[0])
-    assert (tmp_path / "one" / "toy.png").stat().st_size > 20_000
-    taken = str(tmp_path / "one" / "toy.csv")
-    for wrong in (["--seeds", "0"], ["--seeds", "x"], ["--out", taken], ["--colour"]):
-        monkeypatch.setattr("sys.argv", ["toy_denoise.py", *wrong, "--steps", "1"])
-        with pytest.raises(SystemExit) as stop:
-            toy.main()
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+        assert f"wrote {tmp_path / name}/toy.csv" in capsys.readouterr().out
+    table = (tmp_path / "one/toy.csv").read_text()
+    assert table == (tmp_path / "two/toy.csv").read_text()
+    header = "noise,restorer,function_tones,noise_tones,seed,noise_left,damage"
+    assert table.startswith(header + "\n") and table.count("\n") == 1 + 9 * 16
+    measures, _ = toy.evaluate(toy.train(8, 2, 0, 3)[0], 8, 2, 0)
+    for (noise, restorer), (left, damage) in measures.items():
+        assert f"\n{noise},{restorer},8,2,0,{left:.3f},{damage:.3f}\n" in table
+
+
+@pytest.mark.parametrize("wrong", ["--seeds=0", "--seeds=11", "--steps=0", "--out=/dev/null", "-x"])
+def test_bad_options_are_one_line_and_status_2(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "train", lambda *_: pytest.fail("started to train"))
+    monkeypatch.setattr(sys, "argv", ["toy_denoise.py", wrong])
+    with pytest.raises(SystemExit) as stop:
+        toy.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and wrong.split("=")[0] in error
