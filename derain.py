@@ -299,9 +299,9 @@ def sharpness(patches: Tensor) -> Tensor:
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)  # keeps the size of the image
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Pad images (n, c, h, w) at the right and the bottom until both sides divide by `multiple`."""
+    """Reflect images at the right and bottom until sides divide by `multiple`; tiny: repeat edges."""
     bottom, right = (-side % multiple for side in images.shape[-2:])
-    reflect = bottom < images.shape[-2] and right < images.shape[-1]  # else repeat the edge
+    reflect = bottom < images.shape[-2] and right < images.shape[-1]
     return F.pad(images, (0, right, 0, bottom), "reflect" if reflect else "replicate")
 
 class ResNet(nn.Module):
@@ -323,8 +323,8 @@ class ResNet(nn.Module):
 
 class UNet(nn.Module):
     """A U-Net (Ronneberger et al. 2015), two levels deep.
-    Going down, sides halve and channels double; going up, each level gets back, as its first
-    channels, what it was on the way down."""
+    Going down, sides halve (max pooling) and channels double; going up, each level gets back, as
+    its first channels, what it was on the way down."""
     def __init__(self, channels: int = 16):
         super().__init__()
         def level(inputs: int, outputs: int) -> nn.Sequential:
@@ -808,7 +808,7 @@ def load_checkpoint(path: str | Path) -> nn.Module:
 RAIN_THRESHOLD = 4 / 255  # fainter rain is invisible, and not counted as rain
 
 def rain_mask(rainy: Tensor, clean: Tensor) -> Tensor:
-    """M (n, 1, h, w), booleans: whether |rainy - clean| exceeds RAIN_THRESHOLD in some channel."""
+    """M (n, 1, h, w): whether |rainy - clean| exceeds RAIN_THRESHOLD by 1e-6 in some channel."""
     difference = (rainy - clean).abs().amax(1, keepdim=True)
     return difference > RAIN_THRESHOLD + 1e-6  # which 4 of 255 grey levels never are, when rounded
 

@@ -25,6 +25,7 @@ def pytest_configure(config):
         return
     if not Path(file).is_file():
         raise pytest.UsageError(f"--module {file}: no such file")
+    config.option.continue_on_collection_errors = True  # of tests that grade something else
     spec = importlib.util.spec_from_file_location("derain", file)
     sys.modules["derain"] = importlib.util.module_from_spec(spec)
     try:
@@ -52,7 +53,7 @@ def pytest_terminal_summary(terminalreporter, config):
     grades = []
     for mark in MARKS:
         passed = sum(mark in report.keywords for report in right)
-        failed = sum(mark in report.keywords for report in wrong)
+        failed = sum(mark in getattr(report, "keywords", ()) for report in wrong)
         if passed + failed:
             grades.append(f"{mark} {passed}/{passed + failed}")
     name = Path(config.getoption("--module")).name

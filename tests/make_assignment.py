@@ -74,7 +74,7 @@ def write_handout(folder: Path, name: str, student: str) -> None:
     """A folder with the blanks, the tests that grade, and what they and the page refer to."""
     tests = [file for file in TESTS.glob("test_*.py")
              if f"pytest.mark.{name}\n" in file.read_text(encoding="utf-8")]
-    page = page_of(name)
+    page = re.sub(r"^   - [012]: .*\n", "", page_of(name), flags=re.M)  # without the rubrics
     text = page + "".join(file.read_text(encoding="utf-8") for file in tests)
     files = tests + [TESTS / f"{helper}.py" for helper in ("conftest", "grader", "golden")]
     files += [file for file in TESTS.glob("data/*") if file.name in text]
@@ -164,11 +164,11 @@ def main() -> int:
             target.write_text(TEST_FILE, encoding="utf-8")
         elif target.suffix == ".py":
             target.write_text(student, encoding="utf-8")
-            beside = target.parent / "conftest.py"  # or pytest would not know the option --module
-            if not beside.exists():
-                print(f"wrote {beside}, which tells pytest of --module")
+            beside = ROOT / "conftest.py"  # or pytest takes student.py for a test
+            if target.resolve().parent == ROOT and not beside.exists():
                 beside.write_text(f"import sys\n\nsys.path.insert(0, {str(TESTS)!r})\n"
                                   'pytest_plugins = ["grader"]\n')
+                print(f"wrote {beside}, which tells pytest of --module")
         else:
             write_handout(target, args.assignments[0], student)
     except OSError as problem:

@@ -141,7 +141,8 @@ def test_a_handout_has_no_solution(name, tmp_path):
         node = find(ast.parse(source), function)
         body = source.splitlines()[node.body[0].end_lineno:node.end_lineno]
         assert f"`{function}`" in text and max(body, key=len).strip() not in text
-    assert str(ROOT) not in text and "wrong.py" not in {file.name for file in files}
+    assert "wrong.py" not in {file.name for file in files}
+    assert str(ROOT) not in text and "   - 2:" not in text  # no rubric
 
 
 def test_a_handout_stands_alone(tmp_path):
@@ -157,10 +158,10 @@ def test_a_handout_stands_alone(tmp_path):
 def test_a_file_is_graded_in_one_line(tmp_path):
     student = tmp_path / "eve.py"
     assert command("tests/make_assignment.py", "lab", "-o", student).returncode == 0
-    graded = command("-m", "pytest", "-q", "-m", "lab", "--module", student)
+    graded = command("-m", "pytest", "tests", "-q", "-m", "lab", "--module", student)
     assert graded.stdout.splitlines()[-1].startswith("eve.py: lab 0/"), graded.stdout
     student.write_text("import nothing_of_the_kind")
-    graded = command("-m", "pytest", "-m", "lab", "--module", student)
+    graded = command("-m", "pytest", "tests", "-m", "lab", "--module", student)
     assert graded.returncode == 1 and "eve.py: 0, as it cannot be imported" in (
         graded.stdout + graded.stderr)
 

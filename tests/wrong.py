@@ -34,7 +34,7 @@ WRONG = (
     ("add_rain", "in one channel only", "background + rain",
      "torch.cat([background[:, :1] + rain, background[:, 1:]], 1)"),
     ("add_rain", "changes its input", "background + rain", "background.add_(rain)"),
-    ("rain_mask", "threshold too low by rounding", " + 1e-6", ""),
+    ("rain_mask", "a threshold of 1 grey level", "RAIN_THRESHOLD + 1e-6", "1 / 255"),
     ("rain_mask", "mean of the channels", ".amax(1", ".mean(1"),
     ("rain_mask", "first channel only", ".abs().amax(1, keepdim=True)", ".abs()[:, :1]"),
     ("rain_mask", "a mask per channel", ".amax(1, keepdim=True)", ""),
