@@ -299,7 +299,7 @@ def sharpness(patches: Tensor) -> Tensor:
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)  # keeps the size of the image
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Reflect images at the right and bottom until sides divide by `multiple`; tiny: repeat edges."""
+    """Reflect images at the right and bottom until sides divide by `multiple`; or repeat edges."""
     bottom, right = (-side % multiple for side in images.shape[-2:])
     reflect = bottom < images.shape[-2] and right < images.shape[-1]
     return F.pad(images, (0, right, 0, bottom), "reflect" if reflect else "replicate")
@@ -682,8 +682,8 @@ def load_vqgan(path: str | Path) -> VQGAN:
         raise BadInput(f"{path} holds no VQGAN ({type(problem).__name__})") from None
     return vqgan
 
-# Our own prior: latents 4 times smaller than the image, 256 codes.  8 groups: 4 channels in each, as
-# published; with 32 groups each channel's mean over the patch, brightness included, is subtracted.
+# Our own prior: latents 4 times smaller than the image, 256 codes.  8 groups: 4 channels in each,
+# as published; 32 groups would subtract each channel's mean over the patch, brightness included.
 PRIOR = dict(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=64,
              z_channels=64, n_embed=256, embed_dim=16, groups=8)
 
