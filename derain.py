@@ -1066,8 +1066,8 @@ def command_evaluate(args: argparse.Namespace) -> int:
     pairs = each(files, measure)
     rows = []
     for name in pairs[0]:
-        means = {key: np.nanmean([pair[name][key] for pair in pairs]) for key in pairs[0][name]}
-        rows.append({"output": name, "pairs": len(pairs), **means})
+        means = np.nanmean([list(pair[name].values()) for pair in pairs], axis=0)
+        rows.append({"output": name, "pairs": len(pairs), **dict(zip(pairs[0][name], means))})
     print_table(rows)
     return 1 if len(pairs) < len(files) else 0
 

@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from itertools import product
+from itertools import combinations, product
 
 import torch
 from matplotlib.figure import Figure
@@ -111,8 +111,8 @@ def evaluate(model: nn.Module, k: int, j: int, seed: int) -> tuple[dict, Tensor]
 
 def swap_effect(noise_left: Tensor) -> Tensor:
     """noise_left (K, J, seeds) where K > J, less that with K and J swapped: mean, (seeds,)."""
-    pairs = [(k, j) for k in range(len(noise_left)) for j in range(k)]
-    return torch.stack([noise_left[k, j] - noise_left[j, k] for k, j in pairs]).mean(0)
+    pairs = combinations(range(len(noise_left)), 2)
+    return torch.stack([noise_left[k, j] - noise_left[j, k] for j, k in pairs]).mean(0)
 
 
 def verdict(effects: Tensor) -> str:

@@ -6,6 +6,7 @@ never done twice.  Finished runs are collected in figures/runs.csv, which is rea
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -294,7 +295,7 @@ def read_table(path: Path) -> dict[Run, list[dict]]:
 
 def write_table(table: dict[Run, list[dict]], path: Path) -> None:
     """Write all finished runs, sorted, so that the same runs give the same bytes."""
-    rows = [row for run in sorted(table, key=astuple) for row in table[run]]
+    rows = list(itertools.chain(*(table[run] for run in sorted(table, key=astuple))))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -371,21 +372,23 @@ def make_claims(images: str, steps: int) -> dict[str, Claim]:
             "75,747 parameters": few(replace(run, size=32))}),
         "prior": Claim("a content prior generalises better than a network trained from nothing", {
             f"{n:,}, {net}": (replace(run, net="prior", n=n), replace(run, net=net, n=n))
-            for n in (1024, 8) for net in ("resnet", "autoencoder")}),
+            for n, net in itertools.product((1024, 8), ("resnet", "autoencoder"))}),
     }
     return claims if drawn else {name: claims[name] for name in ("few", "balance", "sharp")}
 
 def balance_map(run: Run) -> dict[tuple[str, int], Run]:
     """The map of `balance`: range of training rain x number of backgrounds."""
-    return {(rain, n): replace(run, n=n, trained_on=rain) for rain in RANGES for n in NUMBERS}
+    cells = itertools.product(RANGES, NUMBERS)
+    return {(rain, n): replace(run, n=n, trained_on=rain) for rain, n in cells}
 
 def runs_of(name: str, claim: Claim, seeds: int) -> list[Run]:
     """All runs that a claim needs, seed by seed, with the untrained ones."""
-    runs = [run for pair in claim.panels.values() for run in pair]
+    runs = list(itertools.chain(*claim.panels.values()))
     if name == "balance":
         runs += balance_map(runs[0]).values()
-    runs += [yardstick(run, net) for run in runs for net in ("rainy", "opening")]
-    return [replace(run, seed=seed) for seed in range(seeds) for run in dict.fromkeys(runs)]
+    runs += [yardstick(run, net) for run, net in itertools.product(runs, ("rainy", "opening"))]
+    pairs = itertools.product(range(seeds), dict.fromkeys(runs))
+    return [replace(run, seed=seed) for seed, run in pairs]
 
 # ---- 6  What do the numbers say? -----------------------------------------------------------------
 
