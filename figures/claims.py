@@ -13,177 +13,21 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 FIGURES = Path(__file__).resolve().parent
-sys.path.insert(0, str(FIGURES.parent))
+sys.path[:0] = [str(FIGURES), str(FIGURES.parent)]
 import derain  # noqa: E402
+from materials import BLUR, NOISE, degradation  # noqa: E402
 
-# ---- 1  Which other degradations are there? ------------------------------------------------------
-
-def strokes(clean: Tensor, rng: np.random.Generator) -> Tensor:
-    """A second unseen rain, of another recipe: strokes that taper to a point, in three layers of
-    depth, translucent, so that O = 1 - (1 - B)(1 - R) with R their opacity.  A degradation."""
-    n, _, height, width = clean.shape
-    fine = 3  # drawn this much larger, then averaged: smooth edges
-    layers = np.zeros((n, height, width), dtype=np.float32)
-    for layer in layers:
-        lean = math.radians(rng.choice([-1, 1]) * rng.uniform(55, 75))
-        along = fine * np.array([math.sin(lean), -math.cos(lean)])
-        across = fine * np.array([math.cos(lean), math.sin(lean)])
-        for depth in (1, 1.5, 2.5):
-            canvas = Image.new("L", (fine * width, fine * height))
-            pen = ImageDraw.Draw(canvas)
-            for _ in range(rng.poisson(height * width / 10_000 * 60 / depth ** 1.5)):
-                tail = rng.uniform(-0.2, 1.2, 2) * canvas.size
-                head = tail - depth * rng.uniform(12, 24) * along
-                end = depth * rng.uniform(0.6, 1.2) * across
-                opacity = int(255 * depth * rng.uniform(0.15, 0.3))
-                pen.polygon([*tail, *(head + end), *(head - end)], fill=opacity)
-            stroke = np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
-            layer[:] = 1 - (1 - layer) * (1 - stroke)
-    return 1 - (1 - clean) * (1 - torch.from_numpy(layers)[:, None])
-
-# The level of noise is drawn for each image; all are about as strong: 25 grey levels on mid grey.
-NOISE = {
-    "gaussian": (0.09, 0.11),  # standard deviation, of each pixel and channel by itself
-    "salt-and-pepper": (0.03, 0.05),  # share of the pixels that turn white or black
-    "correlated": (0.09, 0.11),  # standard deviation; neighbours are alike, as after a blur
-    "stripes": (0.09, 0.11),  # root mean square; vertical waves of 8 pixels, one phase an image
-}
-
-def noise(kind: str, clean: Tensor, rng: np.random.Generator) -> Tensor:
-    """Add noise of a kind in NOISE and clip, O = clip(B + N, 0, 1); a degradation."""
-    n, channels, height, width = clean.shape
-    level = torch.from_numpy(rng.uniform(*NOISE[kind], (n, 1, 1, 1))).float()
-    if kind == "gaussian":
-        added = level * torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-    elif kind == "salt-and-pepper":
-        chance = torch.from_numpy(rng.random((n, 1, height, width), dtype=np.float32))
-        added = torch.where(chance < level, (chance < level / 2).float() - clean, torch.zeros(()))
-    elif kind == "correlated":
-        axis = torch.arange(-4, 5) / 1.5
-        blur = torch.exp(-0.5 * (axis[:, None] ** 2 + axis ** 2))
-        white = rng.standard_normal((n * channels, 1, height + 8, width + 8), dtype=np.float32)
-        kernel = blur / blur.square().sum().sqrt()  # keeps the variance of white noise
-        added = level * F.conv2d(torch.from_numpy(white), kernel[None, None]).view(clean.shape)
-    else:
-        phase = torch.from_numpy(rng.uniform(0, 2 * math.pi, (n, 1, 1, 1))).float()
-        added = level * math.sqrt(2) * torch.sin(2 * math.pi * torch.arange(width) / 8 + phase)
-    return (clean + added).clamp(0, 1)
-
-# Motion blur: length (pixels), and direction (degrees from vertical, to either side).
-BLUR = {"blur-narrow": ((8, 12), (0, 10)), "blur-wide": ((4, 16), (0, 45)),
-        "blur-other": ((8, 12), (55, 90))}
-
-def blur(kind: str, clean: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blur each image along a line of its own, a streak_kernel with a sum of 1; a degradation."""
-    n, channels, height, width = clean.shape
-    length, direction = (rng.uniform(*interval, n) for interval in BLUR[kind])
-    direction = direction * rng.choice([-1, 1], n)
-    line = [torch.from_numpy(factor).float() for factor in (np.full(n, 1.5), length, direction)]
-    kernel = derain.streak_kernel(*line)  # (n, k, k)
-    kernel = (kernel / kernel.sum((1, 2), keepdim=True)).repeat_interleave(channels, 0)[:, None]
-    padded = F.pad(clean, (kernel.shape[-1] // 2,) * 4, "reflect").flatten(0, 1)[None]
-    return F.conv2d(padded, kernel, groups=n * channels).view(clean.shape).clamp(0, 1)
-
-def degradation(name: str) -> Callable[[Tensor, np.random.Generator], Tensor]:
-    """The degradation of that name: one of RAIN, NOISE or BLUR, or "strokes"."""
-    if name in NOISE:
-        return partial(noise, name)
-    if name in BLUR:
-        return partial(blur, name)
-    return strokes if name == "strokes" else derain.rain_degradation(derain.RAIN[name])
-
-# ---- 2  Which other backgrounds are there? -------------------------------------------------------
-
-def draw_manga(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Flat white and black, sharp ink lines, screentone: a page of four panels."""
-    y, x = np.mgrid[:size, :size].astype(np.float32) * (256 / size)  # 256 units wide at any size
-    soft = 1.2 * 256 / size
-    ink = np.zeros((size, size), dtype=np.float32)
-
-    def screentone(pitch, grey):  # dots on a grid turned by 45 degrees; they cover the share `grey`
-        u = (x + y) / math.sqrt(2) % pitch - pitch / 2
-        v = (x - y) / math.sqrt(2) % pitch - pitch / 2
-        return derain.inside(np.hypot(u, v) - pitch * math.sqrt(grey / math.pi), soft)
-
-    def line(distance, thickness):
-        return derain.inside(np.abs(distance) - thickness / 2, soft)
-    gutter_x = rng.uniform(90, 166) + rng.uniform(-0.15, 0.15) * (y - 128)
-    gutter_y = rng.uniform(90, 166)
-    for side, level in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
-        frame = np.maximum.reduce([4 - side * (x - gutter_x), 4 - level * (y - gutter_y),
-                                   np.abs(x - 128) - 124, np.abs(y - 128) - 124])
-        cx = gutter_x.mean() + side * rng.uniform(40, 80)
-        cy = gutter_y + level * rng.uniform(40, 80)
-        angle, radius = np.arctan2(y - cy, x - cx), np.hypot(x - cx, y - cy)
-        if rng.random() < 0.5:  # speed lines towards the hero
-            gap = np.abs((angle / 2 / math.pi * rng.integers(30, 60)) % 1 - 0.5) * radius / 8
-            art = derain.inside(gap - rng.uniform(0.4, 0.9), soft) * (radius > 60)
-        else:  # a toned sky, a ridge drawn in ink, the dark ground
-            ridge = y - cy - 25 * np.sin(x / rng.uniform(12, 40) + rng.uniform(0, 6))
-            ridge = ridge - 8 * np.sin(x / 5)
-            art = screentone(rng.uniform(4, 8), rng.uniform(0.1, 0.5)) * derain.inside(ridge, soft)
-            ground = derain.inside(rng.uniform(20, 60) - ridge, soft)
-            art = np.maximum.reduce([art, line(ridge, 3), ground])
-        wobble = np.sin(rng.integers(3, 9) * angle + rng.uniform(0, 6))
-        hero = radius - rng.uniform(22, 42) * (1 + 0.12 * wobble)
-        shadow = screentone(rng.uniform(4, 7), 0.25) * (np.sin(angle + rng.uniform(0, 6)) > 0)
-        art = np.maximum(np.where(hero < 0, shadow, art), line(hero, rng.uniform(2, 4)))
-        for _ in range(3):  # strokes that swell and taper, as a pen's do
-            curve = y - cy - rng.uniform(-40, 40) - rng.uniform(-0.6, 0.6) * (x - cx)
-            curve -= 10 * np.sin((x - cx) / rng.uniform(10, 40))
-            swell = rng.uniform(1, 3.5) * (1 + np.sin((x - cx) / 30))
-            art = np.maximum(art, line(curve, swell) * (radius < 80))
-        ink = np.maximum.reduce([ink, art * derain.inside(frame, soft), line(frame, 2.5)])
-    return np.repeat(1 - ink[None], 3, axis=0)
-
-def draw_urban(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Buildings in perspective: one window repeated, and inside each window a pane repeated."""
-    y, x = np.mgrid[:size, :size].astype(np.float32) / size
-    sky = np.array([0.55, 0.7, 0.9]) * rng.uniform(0.6, 1.1)
-    image = (sky.reshape(3, 1, 1) * (1 - 0.3 * y) + 0.25 * y).astype(np.float32)
-
-    def cell(t, count):  # the same unit cell, `count` times; coordinates in [-0.5, 0.5)
-        return (t * count) % 1 - 0.5
-    for depth in range(rng.integers(2, 5)):  # from the far street to the near one
-        left, width = rng.uniform(-0.2, 0.7), rng.uniform(0.45, 0.9)
-        u = (x - left) / width
-        v = (y - 0.55) * (1 + rng.uniform(-0.5, 0.5) * (u - 0.5))  # rows converge to one side
-        v += 0.55 - rng.uniform(-0.1, 0.5) + 0.1 * depth
-        columns, rows = rng.integers(4, 12), rng.uniform(5, 14)
-        panes = rng.integers(2, 4)
-        wall = rng.uniform(0.25, 0.9) * np.clip(rng.normal(1, 0.15, 3), 0, 1.1)[:, None, None]
-        trim = np.minimum(wall * rng.uniform(1.15, 1.5), 1)
-        glass = rng.uniform(0.05, 0.45) * np.array([0.8, 0.95, 1.1]).reshape(3, 1, 1)
-        soft = 1.5 / size / width
-        body = derain.inside(np.maximum(np.abs(u - 0.5) - 0.5, -v), soft)
-        cu, cv = cell(u, columns), cell(v, rows)
-        half_u, half_v = rng.uniform(0.22, 0.38), rng.uniform(0.25, 0.40)
-        window = np.maximum(np.abs(cu) - half_u, np.abs(cv) - half_v)  # signed distance, in cells
-        bars_u, bars_v = np.abs(cell(cu / (2 * half_u), panes)), np.abs(cell(cv / (2 * half_v), 2))
-        bars = np.maximum(bars_u, bars_v) > 0.42
-        lamps = 1 + 0.5 * np.sin(7 * np.floor(u * columns) + 13 * np.floor(v * rows))  # lit rooms
-        opening = derain.inside(window, soft * columns)
-        derain.paint(image, body, wall * (1.05 - 0.25 * u))
-        derain.paint(image, body * (np.abs(cv) > 0.47), 0.75 * wall)  # between two storeys
-        derain.paint(image, body * derain.inside(window - 0.07, soft * columns), trim)
-        derain.paint(image, body * opening, glass * lamps)
-        derain.paint(image, body * opening * bars, trim)
-    return image
-
-derain.BACKGROUNDS.update(manga=draw_manga, urban=draw_urban)
+# ---- 1  What is one experiment? ------------------------------------------------------------------
 
 class Autoencoder(nn.Module):
     """The control of the prior: its encoder and decoder without codebook, trained from nothing."""
@@ -197,8 +41,6 @@ class Autoencoder(nn.Module):
         latent = self.vqgan.encode(2 * derain.pad_to_multiple(degraded, 8) - 1)
         restored = self.vqgan.decode(latent)
         return (restored[..., :degraded.shape[2], :degraded.shape[3]] + 1) / 2
-
-# ---- 3  What is one experiment? ------------------------------------------------------------------
 
 STEPS, SEEDS = 2400, 5  # of the grid in figures/; a run with fewer is a taste
 
@@ -225,6 +67,8 @@ def tests_of(run: Run) -> tuple[str, ...]:
 def images_of(images: str, seed: int, path: str | None) -> tuple[list[Tensor], list[Tensor]]:
     """Images to train on, and images held out."""
     drawn = images in derain.BACKGROUNDS
+    if not drawn and not path:
+        raise derain.BadInput(f"to train on {images}, give --backgrounds")
     return derain.training_and_held_out(None if drawn else path, images, seed)
 
 def patches_of(run: Run, images: list[Tensor]) -> Tensor:
@@ -276,7 +120,7 @@ def yardstick(run: Run, net: str) -> Run:
     """The untrained run, "rainy" or "opening", on the images and in the tests of `run`."""
     return Run(net, images=run.images, n=0, trained_on=run.trained_on, steps=0, seed=run.seed)
 
-# ---- 4  How are many runs done, and kept? --------------------------------------------------------
+# ---- 2  How are many runs done, and kept? --------------------------------------------------------
 
 def file_of(run: Run, folder: Path) -> Path:
     """Where the result of a run is kept until it is collected."""
@@ -321,7 +165,7 @@ def do_runs(runs: list[Run], table: dict[Run, list[dict]], folder: Path, path: s
                 time.sleep(1)
             table[run] = json.loads(file_of(run, folder).read_text())
 
-# ---- 5  What does the paper claim, and which runs can tell? --------------------------------------
+# ---- 3  What does the paper claim, and which runs can tell? --------------------------------------
 
 @dataclass(frozen=True)
 class Claim:
@@ -340,27 +184,32 @@ def few(run: Run) -> tuple[Run, Run]:
     """8 backgrounds against 1,024."""
     return replace(run, n=8), replace(run, n=1024)
 
-def make_claims(images: str, steps: int) -> dict[str, Claim]:
-    """All claims, in the order in which they are run; images: faces, or the name of photographs."""
-    run = Run(images=images, steps=steps)
-    drawn = images in derain.BACKGROUNDS
-    panels = {"resnet": few(run)}  # on faces, or photographs
-    if drawn:
-        for net in ("unet", "swinir"):
-            panels[net] = few(replace(run, net=net))
-        for kind in ("natural", "manga", "urban"):
-            panels[f"resnet, {kind}"] = few(replace(run, images=kind))
-    sharp = replace(run, images="natural" if drawn else images, n=64)
-    large = replace(run, trained_on="large")
-    claims = {
+def make_claims(photographs: str, steps: int) -> dict[str, Claim]:
+    """All claims, in the order in which they are run; photographs: their name, or "" for none."""
+    run = Run(steps=steps)
+    worlds = {name: replace(run, images=images)
+              for name, images in (("faces", "faces"), ("photographs", photographs)) if images}
+    panels = {f"{net}, faces": few(replace(run, net=net)) for net in ("resnet", "unet", "swinir")}
+    for kind in ("natural", "manga", "urban", photographs):
+        if kind:
+            panels[f"resnet, {kind.split('-')[0]}"] = few(replace(run, images=kind))
+    sharp, balance, advice = {}, {}, {}
+    for name, world in worlds.items():
+        large = replace(world, trained_on="large")
+        balance[f"{name}: 1,024, 8 in large rain"] = (large, replace(large, n=8))
+        balance[f"{name}: large, small rain on 1,024"] = (large, world)
+        low = replace(world, third="low", n=64)
+        for label, setting in advised(world).items():
+            advice[f"{name}: {label}"] = (setting, yardstick(setting, "opening"))
+        if name == "faces":
+            low = replace(low, images="natural")
+        sharp[low.images.split("-")[0]] = (low, replace(low, third="high"))
+    return {
         "few": Claim("8 backgrounds beat 1,024 in unseen rain (Fig. 1, 4)", panels),
         "benchmark": Claim("the usual benchmark, in the training rain, picks 1,024 (Fig. 1)", {
             label: (many, fewer) for label, (fewer, many) in panels.items()}, ("training",)),
-        "balance": Claim("the wider the range of rain, the more backgrounds are best", {
-            "large rain: 1,024, 8 backgrounds": (large, replace(large, n=8)),
-            "1,024 backgrounds: large, small rain": (large, run)}),
-        "sharp": Claim("backgrounds of low sharpness beat those of high (Fig. 5)", {
-            "64 backgrounds": (replace(sharp, third="low"), replace(sharp, third="high"))}),
+        "balance": Claim("the wider the range of rain, the more backgrounds are best", balance),
+        "sharp": Claim("64 backgrounds of low sharpness beat 64 of high (Fig. 5)", sharp),
         "blur": Claim("the same for motion blur of other directions", {
             "8 against 1,024": few(replace(run, trained_on="blur-narrow")),
             "wide against narrow": (replace(run, trained_on="blur-wide"),
@@ -373,24 +222,37 @@ def make_claims(images: str, steps: int) -> dict[str, Claim]:
         "prior": Claim("a content prior generalises better than a network trained from nothing", {
             f"{n:,}, {net}": (replace(run, net="prior", n=n), replace(run, net=net, n=n))
             for n, net in itertools.product((1024, 8), ("resnet", "autoencoder"))}),
+        "advice": Claim("trained as the paper advises, networks beat the opening (ours)", advice),
     }
-    return claims if drawn else {name: claims[name] for name in ("few", "balance", "sharp")}
 
-def balance_map(run: Run) -> dict[tuple[str, int], Run]:
-    """The map of `balance`: range of training rain x number of backgrounds."""
-    cells = itertools.product(RANGES, NUMBERS)
-    return {(rain, n): replace(run, n=n, trained_on=rain) for rain, n in cells}
+def advised(run: Run) -> dict[str, Run]:
+    """The usual training on the images of `run`, and what the paper advises instead."""
+    large = replace(run, trained_on="large")
+    settings = {"resnet, usual": run, "resnet, few": replace(run, n=8),
+                "resnet, few and simple": replace(run, third="low", n=64),
+                "resnet, wide range, few and simple": replace(large, third="low", n=64)}
+    for net in ("resnet", "unet", "swinir"):
+        settings[f"{net}, wide range"] = replace(large, net=net)
+        settings[f"{net}, wide range and few"] = replace(large, net=net, n=64)
+    return settings | {"prior, usual": replace(run, net="prior"),
+                       "prior, wide range": replace(large, net="prior")}
+
+def balance_map(run: Run) -> list[Run]:
+    """The map of `balance`: number of backgrounds x range of training rain."""
+    cells = itertools.product(NUMBERS, RANGES)
+    return [replace(run, n=n, trained_on=rain) for n, rain in cells]
 
 def runs_of(name: str, claim: Claim, seeds: int) -> list[Run]:
     """All runs that a claim needs, seed by seed, with the untrained ones."""
     runs = list(itertools.chain(*claim.panels.values()))
     if name == "balance":
-        runs += balance_map(runs[0]).values()
+        for first, _ in [*claim.panels.values()][::2]:
+            runs += balance_map(first)
     runs += [yardstick(run, net) for run, net in itertools.product(runs, ("rainy", "opening"))]
     pairs = itertools.product(range(seeds), dict.fromkeys(runs))
     return [replace(run, seed=seed) for seed, run in pairs]
 
-# ---- 6  What do the numbers say? -----------------------------------------------------------------
+# ---- 4  What do the numbers say? -----------------------------------------------------------------
 
 SIGN = {"E_R": 1, "E_W": -1, "E_B": -1, "psnr": 1}  # -1: lower is better
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, by n - 1
@@ -420,14 +282,33 @@ def verdict(effects: np.ndarray) -> tuple[float, float, str]:
         return mean, half, "undecided"
     return mean, half, "reproduced" if mean > 0 else "refuted"
 
-def best_numbers(table: dict, run: Run, seeds: int) -> np.ndarray:
-    """log2 of the number of backgrounds with the lowest E_W, (3 ranges of rain, seeds)."""
-    runs = balance_map(run)
-    found = []
-    for rain in RANGES:
-        errors = [values(table, runs[rain, n], "unseen", "E_W", seeds) for n in NUMBERS]
-        found.append(np.log2(NUMBERS)[np.argmin(errors, axis=0)])
-    return np.array(found)
+def map_of(table: dict, run: Run, metric: str, seeds: int) -> np.ndarray:
+    """A metric in unseen rain: (numbers of backgrounds, ranges of training rain, seeds)."""
+    cells = [values(table, cell, "unseen", metric, seeds) for cell in balance_map(run)]
+    return np.reshape(cells, (len(NUMBERS), len(RANGES), seeds))
+
+def map_of_toy() -> dict[str, np.ndarray]:
+    """The same three of toy_denoise.py, (tones in functions, tones in noise, seeds)."""
+    rows = csv.DictReader(open(FIGURES / "toy.csv", encoding="utf-8"))
+    found = [(float(row["noise_left"]), float(row["damage"])) for row in rows
+             if (row["noise"], row["restorer"]) == ("unseen band", "network")]
+    left, damage = np.reshape(found, (4, 4, -1, 2)).transpose(3, 0, 1, 2)
+    error = np.hypot(left, damage)
+    return {"E_R": 100 - left, "E_W": error, "psnr": -20 * np.log10(error / 100)}
+
+def balance_lines(claim: Claim, table: dict, seeds: int) -> list[str]:
+    """Best numbers of backgrounds, seed by seed, as lines of claims.md."""
+    lines = ["", "The best number of backgrounds in unseen rain, in each seed:", ""]
+    for run, _ in [*claim.panels.values()][::2]:
+        for metric in ("E_R", "E_W", "psnr"):
+            best = (SIGN[metric] * map_of(table, run, metric, seeds)).argmax(0)  # (ranges, seeds)
+            numbers = np.array(NUMBERS)[best]
+            lists = [f"{rain} rain {', '.join(map(str, line))}"
+                     for rain, line in zip(RANGES, numbers)]
+            doublings = np.log2(numbers[-1] / numbers[0])
+            lines.append(f"- {run.images}, by {metric}: {'; '.join(lists)}.  Large less small rain,"
+                         f" in doublings: {cell(doublings)}")
+    return lines
 
 def cell(effects: np.ndarray) -> str:
     """Effects as text."""
@@ -456,19 +337,20 @@ def claim_lines(claim: Claim, table: dict, seeds: int) -> list[str]:
     sentences = ["**{}**: by E_R {}, by E_W {}, by PSNR {}.".format(*words) for words in verdicts]
     return [*sentences, "", *lines]
 
-# ---- 7  What does it look like? ------------------------------------------------------------------
+# ---- 5  What does it look like? ------------------------------------------------------------------
+
+MEASURES = {"E_R": "E_R, change where wet\n(best: ideal)",
+            "E_W": "E_W, error where wet\n(lower: better)",
+            "E_B": "E_B, error elsewhere\n(lower: better)", "psnr": "PSNR, dB\n(higher: better)"}
 
 def figure_pairs(claim: Claim, table: dict, seeds: int) -> Figure:
     """A panel in each row, a measure in each column; a line for each seed, thick for the mean."""
-    names = {"E_R": "E_R, change where wet\n(best: ideal)",
-             "E_W": "E_W, error where wet\n(lower: better)",
-             "E_B": "E_B, error elsewhere\n(lower: better)", "psnr": "PSNR, dB\n(higher: better)"}
     figure = Figure(figsize=(9, 1.2 + 1.6 * len(claim.panels)), layout="constrained")
     grid = figure.subplots(len(claim.panels), 4, squeeze=False)
     tested_on = claim.tested_on[0]
     for line, (label, pair) in zip(grid, claim.panels.items()):
         differ = [key for key in asdict(pair[0]) if getattr(pair[0], key) != getattr(pair[1], key)]
-        for axes, metric in zip(line, names):
+        for axes, metric in zip(line, MEASURES):
             first, second = (values(table, run, tested_on, metric, seeds) for run in pair)
             axes.plot([0, 1], [first, second], color="#0072b2", lw=0.7)
             axes.plot([0, 1], [first.mean(), second.mean()], "o-", color="#0072b2", lw=3)
@@ -480,32 +362,109 @@ def figure_pairs(claim: Claim, table: dict, seeds: int) -> Figure:
                 axes.axhline(ideal, color="black", lw=1, label="ideal")
             axes.set_xticks([0, 1], [getattr(run, differ[0]) for run in pair], fontsize=8)
             axes.set(xlim=(-0.3, 1.3))
-            axes.set_title(names[metric] if line[0] is grid[0, 0] else "", fontsize=9)
+            axes.set_title(MEASURES[metric] if line[0] is grid[0, 0] else "", fontsize=9)
         line[0].set_ylabel(label, fontsize=8)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{claim.paper}; tested on: {tested_on}", fontsize=10, wrap=True)
     return figure
+
+def figure_balance(claim: Claim, table: dict, seeds: int) -> Figure:
+    """Maps of complexity of content x of degradation, of the toy, of faces, of photographs."""
+    maps = {"1-D toy": map_of_toy()}
+    for run, _ in [*claim.panels.values()][::2]:
+        maps[run.images.split("-")[0]] = {
+            metric: map_of(table, run, metric, seeds) for metric in ("E_R", "E_W", "psnr")}
+    figure = Figure(figsize=(9, 0.9 + 2.7 * len(maps)), layout="constrained")
+    for line, (world, metrics) in zip(figure.subplots(len(maps), 3), maps.items()):
+        toy = world == "1-D toy"
+        line[0].set_ylabel(f"{world}\n{'K, tones of function' if toy else 'backgrounds'}")
+        for axes, (metric, cells) in zip(line, metrics.items()):
+            good = SIGN[metric] * cells
+            axes.imshow(good.mean(-1), "cividis", origin="lower", aspect="auto")
+            for (i, j), mean in np.ndenumerate(cells.mean(-1)):
+                box = {"fc": "white", "lw": 0, "alpha": 0.8, "pad": 1.5}
+                label = f"{mean:.1f}" if metric == "psnr" else f"{mean:.0f}"
+                if i == good.mean(-1)[:, j].argmax():
+                    box.update(alpha=1, lw=2.5, ec="#d55e00")
+                    wins = (good[:, j].argmax(0) == i).sum()
+                    label += f"\n{wins} of {cells.shape[2]}"
+                axes.text(j, i, label, ha="center", va="center", fontsize=9, bbox=box)
+            axes.set_xticks(range(cells.shape[1]), (1, 2, 4, 8) if toy else RANGES)
+            axes.set_yticks(range(4), (1, 2, 4, 8) if toy else NUMBERS)
+            axes.set_xlabel("J, tones of training noise" if toy else "range of training rain")
+            names = {"E_R": "noise removed, %", "E_W": "error, %", "psnr": "error, dB"}
+            axes.set_title(names[metric] if toy else MEASURES[metric], fontsize=9)
+    figure.suptitle("Unseen noise and rain.  Yellow is good; framed: the best of a column, and in"
+                    " how many seeds", fontsize=11)
+    return figure
+
+COLOURS = {"usual": "0.6", "few": "#e69f00", "few and simple": "#f0e442", "wide range": "#56b4e9",
+           "wide range and few": "#0072b2", "wide range, few and simple": "#009e73"}
+MARKERS = {"resnet": "o", "unet": "s", "swinir": "D", "prior": "^"}
+
+def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
+    """E_W against E_B of each training, and of the opening; lines of about equal PSNR."""
+    worlds = [*dict.fromkeys(run.images for run, _ in claim.panels.values())]
+    figure = Figure(figsize=(4 * len(worlds) + 2.4, 7.6), layout="constrained")
+    grid = figure.subplots(2, len(worlds), squeeze=False)
+    for axes, (tested_on, images) in zip(grid.flat, itertools.product(claim.tested_on, worlds)):
+        def means(run):
+            return [values(table, run, tested_on, m, seeds).mean() for m in ("E_B", "E_W", "psnr")]
+
+        for label, (run, opening) in claim.panels.items():
+            if run.images == images:
+                net, setting = label.split(": ")[1].split(", ", 1)
+                axes.plot(*means(run)[:2], MARKERS[net], color=COLOURS[setting], mec="black", ms=9,
+                          label=f"{net}, {setting}")
+        axes.plot(*means(opening)[:2], "*", color="black", ms=15, label="opening, untrained")
+        dry, wet, db = means(yardstick(opening, "rainy"))  # these three give the share of wet
+        share = (255 ** 2 * 10 ** (-db / 10) - dry ** 2) / (wet ** 2 - dry ** 2)
+        x, y = np.meshgrid(np.linspace(0, axes.get_xlim()[1]), np.linspace(0, axes.get_ylim()[1]))
+        error = np.maximum(share * y ** 2 + (1 - share) * x ** 2, 1)
+        lines = axes.contour(x, y, -10 * np.log10(error / 255 ** 2), range(14, 40, 2),
+                             colors="0.8", linewidths=0.8, zorder=0)
+        axes.clabel(lines, fmt="%d dB", fontsize=7)
+        axes.set(title=f"{images.split('-')[0]}, tested on {tested_on}",
+                 xlabel="E_B, error where dry", ylabel="E_W, error where wet")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
+    figure.suptitle("Lower left is better")
+    return figure
+
+def statistics(claims: dict[str, Claim], seeds: int) -> list[str]:
+    """What the verdicts rest on, as lines of claims.md."""
+    panels = sum(len(claim.panels) * len(claim.tested_on) for claim in claims.values())
+    return ["## What the statistics rest on", "", *f"""
+- A seed changes all at once: the images (for photographs, which are held out), the patches, the
+  network's first weights, the training rain, the test images and the test rain.
+- The runs of a pair share all of these but the one thing in which they differ, so differences are
+  taken within a seed; the interval is Student's t for {seeds} differences.
+- Panels are not independent: they share seeds, and often one of their two runs.  The mean of the
+  panels is taken within each seed first, so its interval allows for that.
+- The photographs are 24, the same for all seeds, split anew: intervals say nothing of others.
+- There are {panels} comparisons of two runs in each of three measures, {3 * panels} in all.  If no
+  effect existed, about {0.05 * 3 * panels:.0f} would be called reproduced or refuted by chance.
+- Decided beforehand: claims, panels, seeds, steps, measures, the verdict.  Decided after a look at
+  shorter trainings: 2,400 steps; that E_R alone decides nothing; 4 channels a group in the prior.
+""".strip().splitlines()]
 
 def report(claims: dict[str, Claim], table: dict, seeds: int, out: Path) -> None:
     """Draw a figure for each claim, and write claims.md."""
     lines = ["# The claims, and what came out", "",
              f"By claims.py, from runs.csv, seeds 0 to {seeds - 1}.  E_R, E_W, PSNR: by how much"
              " the first of two runs is better, mean and half of the 95 % confidence interval."]
+    figures = {"balance": figure_balance, "advice": figure_advice}
     for name, claim in claims.items():
         lines += ["", f"## {name}: {claim.paper}", "", *claim_lines(claim, table, seeds)]
         if name == "balance":
-            best = best_numbers(table, [*claim.panels.values()][0][0], seeds)
-            lines += ["", "Number of backgrounds with the lowest E_W in unseen rain, each seed:"]
-            for rain, numbers in zip(RANGES, 2 ** best):
-                lines.append(f"- {rain} rain: {', '.join(f'{n:.0f}' for n in numbers)}")
-            lines.append(f"- large less small, in powers of 2: {cell(best[-1] - best[0])}")
-        figure = figure_pairs(claim, table, seeds)
+            lines += balance_lines(claim, table, seeds)
+        figure = figures.get(name, figure_pairs)(claim, table, seeds)
         figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
         print(f"wrote {out / name}.png")
+    lines += ["", *statistics(claims, seeds)]
     (out / "claims.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {out / 'claims.md'}")
 
-# ---- 8  Command line -----------------------------------------------------------------------------
+# ---- 6  Command line -----------------------------------------------------------------------------
 
 def main() -> None:
     """Do the missing runs, collect them, and report."""
@@ -513,29 +472,30 @@ def main() -> None:
                            epilog="example: python figures/claims.py few --seeds 2 --steps 200",
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help="few, balance ... (none: all)")
-    parser.add_argument("--backgrounds", metavar="PATH", help="photographs, not drawn images")
+    parser.add_argument("--backgrounds", metavar="PATH", help="photographs, for their panels")
     parser.add_argument("--seeds", type=int, default=SEEDS, choices=range(2, 11), metavar="N")
     parser.add_argument("--steps", type=partial(derain.whole, least=1), default=STEPS, metavar="N")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of finished runs")
     parser.add_argument("--fresh", action="store_true", help="do not read figures/runs.csv")
-    parser.add_argument("--draw", action="store_true", help="report what is finished, no training")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the same bytes on any number of cores
-    images = "faces"
+    standard = args.seeds >= SEEDS and args.steps == STEPS and not args.fresh
+    out = FIGURES if standard else args.runs
+    args.runs.mkdir(parents=True, exist_ok=True)
+    table = read_table(out / "runs.csv")
+    photographs = ""
     if args.backgrounds:
         names = "".join(file.name for file in derain.image_files(args.backgrounds))
-        images = f"photographs-{zlib.crc32(names.encode()):08x}"
-    claims = make_claims(images, args.steps)
+        photographs = f"photographs-{zlib.crc32(names.encode()):08x}"
+    for run in table:
+        if run.images.startswith("photographs") and not photographs:
+            photographs = run.images
+    claims = make_claims(photographs, args.steps)
     for name in args.claims:
         if name not in claims:
             parser.error(f"there is no claim {name!r}; there are {', '.join(claims)}")
-    standard = args.seeds >= SEEDS and args.steps == STEPS and not args.fresh
-    out = FIGURES / images.replace("faces", "") if standard else args.runs
-    for folder in (args.runs, out):
-        folder.mkdir(parents=True, exist_ok=True)
-    table = read_table(out / "runs.csv")
     runs = {name: runs_of(name, claims[name], args.seeds) for name in claims}
-    for name in [] if args.draw else args.claims or claims:
+    for name in args.claims or claims:
         do_runs(runs[name], table, args.runs, args.backgrounds)
     finished = {name: claims[name] for name in claims if table.keys() >= set(runs[name])}
     if os.environ.get("RANK", "0") == "0" and finished:

@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import derain  # noqa: E402
 
-def seconds(work: Callable, repeats: int) -> float:
-    """Median time of work() over repeats, after one run that does not count: it is always slow."""
+def seconds(work: Callable) -> float:
+    """Median time of five times work(), after one that does not count: it is always slow."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(6):
         begun = time.perf_counter()
         work()
         times.append(time.perf_counter() - begun)
@@ -38,40 +38,34 @@ def make(net: str) -> torch.nn.Module:
     arguments = {"vqgan": derain.PRIOR} if net == "prior" else {}
     return derain.build_network(derain.NETWORKS[net], **arguments)
 
-def bench_import(repeats: int) -> None:
-    """In processes of their own, with the start of Python."""
-    command = [sys.executable, "-c", "import derain"]
-    taken = seconds(lambda: subprocess.run(command, cwd=ROOT, check=True), repeats)
-    show("python -c 'import derain'", taken, "s")
-
-def bench_rain(repeats: int) -> None:
+def bench_rain() -> None:
     """A batch for training, and for testing."""
     rng = np.random.default_rng(0)
     for size in (derain.PATCH, derain.TEST_PATCH):
         def work() -> None:
             for _ in range(10):
                 derain.rain_layers(derain.BATCH, size, derain.RAIN["large"], rng)
-        rate = 10 * derain.BATCH / seconds(work, repeats)
+        rate = 10 * derain.BATCH / seconds(work)
         show(f"large rain, {size}x{size} pixels", rate, "layers/s")
 
-def bench_training(repeats: int) -> None:
+def bench_training() -> None:
     """Steps of the training loop, with the rain."""
     backgrounds = torch.rand(64, 3, derain.PATCH, derain.PATCH)
     degrade = derain.rain_degradation(derain.RAIN["large"])
     for net in derain.NETWORKS:
         network = make(net)
-        taken = seconds(lambda: derain.train(network, backgrounds, degrade, steps=20), repeats)
+        taken = seconds(lambda: derain.train(network, backgrounds, degrade, steps=20))
         show(f"training, {net}", 20 / taken, "steps/s")
 
-def bench_restore(repeats: int) -> None:
+def bench_restore() -> None:
     """One image of a megapixel."""
     image = torch.rand(3, 1000, 1000)
     for net in derain.NETWORKS:
         network = make(net)
-        taken = seconds(lambda: derain.restore(network, image), repeats)
+        taken = seconds(lambda: derain.restore(network, image))
         show(f"restore 1 megapixel, {net}", taken, "s")
 
-def bench_main(repeats: int) -> None:
+def bench_main() -> None:
     """`python derain.py`, once, as it takes a minute, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "derain.py", "--out", folder]
@@ -83,8 +77,8 @@ def bench_main(repeats: int) -> None:
         show("main job, once", time.perf_counter() - begun, "s")
         show("main job, peak memory", usage.ru_maxrss / 2 ** 20, "GiB")  # ru_maxrss is in KiB
 
-PARTS = {"import": bench_import, "rain": bench_rain, "training": bench_training,
-         "restore": bench_restore, "main": bench_main}
+PARTS = {"rain": bench_rain, "training": bench_training, "restore": bench_restore,
+         "main": bench_main}
 
 def main() -> None:
     """Run some parts, or all."""
@@ -93,12 +87,10 @@ def main() -> None:
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--only", choices=PARTS, nargs="+", metavar="PART", default=[*PARTS],
                         help=f"some of {', '.join(PARTS)}")
-    parser.add_argument("--repeats", type=derain.whole, default=5, metavar="N",
-                        help="times in a median")
     args = parser.parse_args()
     torch.set_num_threads(1)  # with more, threads wait for each other if another job takes a core
     for name in args.only:
-        PARTS[name](max(1, args.repeats))
+        PARTS[name]()
 
 if __name__ == "__main__":
     main()

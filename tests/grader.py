@@ -51,7 +51,8 @@ def pytest_terminal_summary(terminalreporter, config):
     right = terminalreporter.getreports("passed")
     wrong = terminalreporter.getreports("failed") + terminalreporter.getreports("error")
     grades = []
-    for mark in MARKS:
+    asked = config.option.markexpr
+    for mark in [asked] if asked in MARKS else MARKS:
         passed = sum(mark in report.keywords for report in right)
         failed = sum(mark in getattr(report, "keywords", ()) for report in wrong)
         if passed + failed:

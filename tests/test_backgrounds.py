@@ -37,10 +37,13 @@ def test_dead_leaves_are_sharper_than_faces():
 
 
 @pytest.mark.backgrounds
-def test_dead_leaves_leave_no_gap():
+def test_dead_leaves_leave_no_gap_and_hide_one_another():
+    flat = []
     for seed in range(6):
         leaves = derain.draw_dead_leaves(128, np.random.default_rng(seed))
         assert (leaves == 0).all(0).mean() < 0.03  # the empty canvas is 0
+        flat.append((np.abs(np.diff(leaves.clip(0, 1).mean(0))) < 0.01).mean())
+    assert np.mean(flat) > 0.7  # if leaves shine through, their edges multiply
 
 
 @pytest.mark.backgrounds
@@ -82,6 +85,8 @@ def test_patches_come_from_the_images_evenly(rng):
     assert patches.shape == (12, 3, 40, 40)
     counts = torch.bincount((patches[:, 0, 0, 0] * 10).round().long(), minlength=5)
     assert counts.min() == 2 and counts.max() == 3
+    first = {derain.sample_patches(images, 1, 9, rng).mean().item() for _ in range(20)}
+    assert len(first) > 2  # few patches, too, come from any image
     with pytest.raises(ValueError):
         derain.sample_patches(images, 5, 55, rng)
 

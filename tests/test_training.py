@@ -70,7 +70,7 @@ def test_training_is_adam_on_l1_with_a_rate_that_falls_along_half_a_cosine():
         optimizer.step()
         assert losses[step] == pytest.approx(loss.item(), rel=1e-4)
     assert len(losses) == len(pairs) == steps
-    torch.testing.assert_close(weights_of(trained), weights_of(network), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(weights_of(trained), weights_of(network), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.training
