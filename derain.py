@@ -305,7 +305,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return F.pad(images, (0, right, 0, bottom), "reflect" if reflect else "replicate")
 
 class ResNet(nn.Module):
-    """Convolution, residual blocks, convolution.  All that its output shows, it has to draw."""
+    """Convolution, residual blocks, convolution, no more.  What its output shows, it has drawn."""
     def __init__(self, channels: int = 16, blocks: int = 4):
         super().__init__()
         self.head = conv3x3(3, channels)
@@ -590,9 +590,9 @@ class Codebook(nn.Module):
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latent (n, d, h, w) to the quantized latent, the codes' indices (n, h, w), and a loss.
         The gradient of the quantized latent with respect to the latent is the identity.  The loss
-        sums two mean squared distances of vectors to their codes: one moves only the latents, with
-        weight 1, the other only the codes, with weight beta = 0.25.  (Van den Oord et al., Eq. 3;
-        these are the weights of the published VQGAN, its paper has them the other way round.)"""
+        sums two mean squared errors, over all elements: one moves only the latents to their codes,
+        with weight 1, the other only the codes, with weight beta = 0.25.  (Van den Oord et al.,
+        Eq. 3; the published VQGAN's weights; its paper has them the other way round.)"""
         vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, d)
         codes = self.embedding.weight
         # |v - c|^2 = |v|^2 - 2 v c + |c|^2, and |v|^2 is the same for all codes.
@@ -754,13 +754,14 @@ NETWORKS["prior"] = VQGANPrior
 # The number of steps is the same whatever n is: n counts distinct backgrounds, never compute.
 
 PATCH, BATCH = 40, 8  # side of a training patch in pixels, and patches in a step
-RATE = 2e-3  # Adam's learning rate at the start; it falls to 0 along half a cosine
+RATE = 2e-3  # Adam's learning rate at the start
 
 def train(network: nn.Module, backgrounds: Tensor, degrade: Callable, steps: int, seed: int = 0,
           label: str = "") -> list[float]:
     """Train a network in place to undo `degrade`; returns the loss of every step.
-    backgrounds: clean patches (n, 3, h, w) in [0, 1].  A step: BATCH of them drawn at random, each
-    mirrored (left to right) with a chance of one half, degraded; the gradient of the L1 loss; Adam.
+    backgrounds: clean patches (n, 3, h, w) in [0, 1].  A step: BATCH of them drawn at random, with
+    replacement, each mirrored (left to right) with a chance of one half, degraded; the gradient of
+    the L1 loss; Adam at the rate RATE (1 + cos(pi step / steps)) / 2, with steps from 0.
     A network with a `rate` or a `loss(degraded, clean)` of its own is trained with those."""
     device = next(network.parameters()).device
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], fused=True)
@@ -808,7 +809,7 @@ def load_checkpoint(path: str | Path) -> nn.Module:
 RAIN_THRESHOLD = 4 / 255  # fainter rain is invisible, and not counted as rain
 
 def rain_mask(rainy: Tensor, clean: Tensor) -> Tensor:
-    """M (n, 1, h, w): whether |rainy - clean| exceeds RAIN_THRESHOLD by 1e-6 in some channel."""
+    """M (n, 1, h, w): whether |rainy - clean| > RAIN_THRESHOLD + 1e-6 in some channel."""
     difference = (rainy - clean).abs().amax(1, keepdim=True)
     return difference > RAIN_THRESHOLD + 1e-6  # which 4 of 255 grey levels never are, when rounded
 
@@ -821,7 +822,7 @@ def decoupled_evaluation(output: Tensor, rainy: Tensor, clean: Tensor) -> dict[s
       E_W        RMS(output - clean) on M (W: wet): rain left, or damage; lower is better.
       E_B        RMS(output - clean) off M: what was broken elsewhere; lower is better.
       psnr, ssim over whole images; ssim is NaN for images below 11x11.
-    An RMS is one root of one mean over all pixels and channels of the set, or NaN.  So
+    An RMS is one root of one mean over all pixels and channels of the set, NaN if it is empty.  So
     255^2 MSE = |M| E_W^2 + (1 - |M|) E_B^2, with |M| the share of wet pixels.  Raises ValueError if
     the shapes differ.  (Paper, Section 3; E_W is ours.)"""
     if not output.shape == rainy.shape == clean.shape:

@@ -34,7 +34,11 @@ ASSIGNMENTS = {
     "quantization": ["ResidualBlock.forward", "PixelAttention.forward", "Codebook.forward",
                      "VQGANPrior.forward", "VQGANPrior.loss"],
 }
-TEST_FILE = '''"""Tests of rain_mask, decoupled_evaluation and psnr: functions without arguments."""
+TEST_FILE = '''"""Tests of rain_mask, decoupled_evaluation and psnr, from their docstrings.
+
+Each test is a function that takes no arguments: no fixtures, no parametrize.
+None of the three may change its inputs, whatever these are.
+"""
 
 import pytest
 import torch
@@ -84,7 +88,9 @@ def write_handout(folder: Path, name: str, student: str) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
     (folder / "derain.py").write_text(student, encoding="utf-8")
-    (folder / "README.md").write_text(page.replace("](../", "]("), encoding="utf-8")
+    grading = (f"`python -m pytest -m {name}` grades derain.py.  The code's points are the share of"
+               " tests that pass, halved if the ablation is not run and reported.\n\n")
+    (folder / "README.md").write_text(grading + page.replace("](../", "]("), encoding="utf-8")
 
 
 def failures(file: Path) -> dict[str, str]:
