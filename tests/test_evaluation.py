@@ -54,8 +54,7 @@ def test_mask_against_a_loop(images):
 
 
 def test_mask_threshold_is_strict_for_files_of_8_bits():
-    """4 grey levels are no rain, 5 are, however the division by 255 is rounded.  (Not graded: the
-    docstring does not say so.)"""
+    """4 grey levels are no rain, 5 are, however the division by 255 is rounded."""
     clean = torch.arange(250).float()[None, None, None].expand(1, 3, 1, 250)
     assert not derain.rain_mask((clean + 4) / 255, clean / 255).any()
     assert not derain.rain_mask(clean / 255, (clean + 4) / 255).any()
