@@ -155,7 +155,7 @@ def test_numbers_of_the_readme_follow_from_the_table():
 
     wide = measured("psnr", trained_on="large") - measured("psnr", trained_on="large", n=8)
     large = measured("E_W", size=32) - measured("E_W", size=32, n=8)
-    simple = [measured("E_W", images="natural", third=third, n=64) for third in ("high", "low")]
+    simple = [measured("E_W", images="photographs", third=third, n=64) for third in ("high", "low")]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     for gain in (wide, large, simple[0] - simple[1]):
         half = 2.776 * gain.std(ddof=1) / math.sqrt(5)
