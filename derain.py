@@ -1,8 +1,7 @@
 """Why do image-restoration networks fail on degradations that they have not seen?
 
-The central experiment of Hu et al., "Revisiting the Generalization Problem of Low-level Vision
-Models Through the Lens of Image Deraining" (arXiv 2502.12600), in a minute: two copies of a network
-learn to remove rain, one on 8 backgrounds, one on 1,024, and meet rain that neither has seen.
+Two copies of a network learn to remove rain, one on 8 backgrounds, one on 1,024, and meet rain that
+neither has seen: the central experiment of Hu et al. (arXiv 2502.12600), in a minute.
 
 1 rain           RainRange, streak_kernel, streak_seeds, rain_layers, add_rain, rain_degradation
 2 backgrounds    draw_face, draw_dead_leaves, open_image, load_images, sample_patches, sharpness
@@ -721,8 +720,8 @@ def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, labe
 
 class VQGANPrior(nn.Module):
     """A pre-trained VQGAN as a restoration network: it draws from codes of clean images only.
-    Codebook and decoder are frozen; the encoder learns to find the clean image's codes in the
-    degraded one.  vqgan: a VQGAN, which is copied, or its arguments.  Images are in [0, 1] here."""
+    Codebook and decoder are frozen; the encoder learns to find the clean codes in degraded images.
+    vqgan: a VQGAN, copied, or its arguments.  Images in [0, 1]; forward keeps size, unclamped."""
     rate = 5e-4  # for `train`; a higher learning rate destroys what the encoder has learned
 
     def __init__(self, vqgan: VQGAN | dict):
@@ -759,10 +758,10 @@ RATE = 2e-3  # Adam's learning rate at the start
 def train(network: nn.Module, backgrounds: Tensor, degrade: Callable, steps: int, seed: int = 0,
           label: str = "") -> list[float]:
     """Train a network in place to undo `degrade`; returns the loss of every step.
-    backgrounds: clean patches (n, 3, h, w) in [0, 1].  A step: BATCH of them drawn at random, with
+    backgrounds: clean patches (n, 3, h, w) in [0, 1].  A step: BATCH of them drawn with
     replacement, each mirrored (left to right) with a chance of one half, degraded; the gradient of
-    the L1 loss; Adam at the rate RATE (1 + cos(pi step / steps)) / 2, with steps from 0.
-    A network with a `rate` or a `loss(degraded, clean)` of its own is trained with those."""
+    L1, or of network.loss(degraded, clean) if there is one; Adam at the rate
+    RATE (or network.rate) (1 + cos(pi step / steps)) / 2, steps from 0."""
     device = next(network.parameters()).device
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], fused=True)
     peak_rate = getattr(network, "rate", RATE)
