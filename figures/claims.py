@@ -72,9 +72,10 @@ def images_of(images: str, seed: int, path: str | None) -> tuple[list[Tensor], l
     return derain.training_and_held_out(None if drawn else path, images, seed)
 
 def patches_of(run: Run, images: list[Tensor]) -> Tensor:
-    """The run's n backgrounds (n, 3, 40, 40)."""
+    """The run's n backgrounds (n, 3, 40, 40), larger for `openings`."""
     if run.third == "any":
-        return derain.training_patches(images, run.n, run.seed)
+        side = getattr(derain.NETWORKS.get(run.net), "patch", derain.PATCH)
+        return derain.training_patches(images, run.n, run.seed, side)
     patches = derain.sample_patches(images, 3 * run.n, derain.PATCH,
                                     derain.stream(run.seed, "patches"))
     order = derain.sharpness(patches).argsort()
@@ -199,7 +200,10 @@ def make_claims(photographs: str, steps: int) -> dict[str, Claim]:
         balance[f"{name}: 1,024, 8 in large rain"] = (large, replace(large, n=8))
         balance[f"{name}: large, small rain on 1,024"] = (large, world)
         low = replace(world, third="low", n=64)
-        for label, setting in advised(world).items():
+        settings = advised(world)
+        if name == "photographs":  # the default of `train`
+            settings["openings, diverse"] = replace(world, net="openings", trained_on="diverse")
+        for label, setting in settings.items():
             advice[f"{name}: {label}"] = (setting, yardstick(setting, "opening"))
         if name == "faces":
             low = replace(low, images="natural")
@@ -399,8 +403,9 @@ def figure_balance(claim: Claim, table: dict, seeds: int) -> Figure:
     return figure
 
 COLOURS = {"usual": "0.6", "few": "#e69f00", "few and simple": "#f0e442", "wide range": "#56b4e9",
-           "wide range and few": "#0072b2", "wide range, few and simple": "#009e73"}
-MARKERS = {"resnet": "o", "unet": "s", "swinir": "D", "prior": "^"}
+           "wide range and few": "#0072b2", "wide range, few and simple": "#009e73",
+           "diverse": "#d55e00"}
+MARKERS = {"resnet": "o", "unet": "s", "swinir": "D", "prior": "^", "openings": "P"}
 
 def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
     """E_W against E_B of each training, and of the opening; lines of about equal PSNR."""
