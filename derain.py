@@ -1,7 +1,6 @@
 """Why do image-restoration networks fail on degradations that they have not seen?
 
-Two copies of a network learn to remove rain, one on 8 backgrounds, one on 1,024, and meet rain that
-neither has seen: the central experiment of Hu et al. (arXiv 2502.12600), in a minute.
+As in Hu et al. (arXiv 2502.12600), one network meets 8 backgrounds in training, its twin 1,024.
 
 1 rain           RainRange, streak_kernel, streak_seeds, rain_layers, add_rain, rain_degradation
 2 backgrounds    draw_face, draw_dead_leaves, open_image, load_images, sample_patches, sharpness
@@ -930,7 +929,8 @@ def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int = 
     networks = {name: build_network(NETWORKS[net], seed).to(device) for name in numbers}
 
     def fit(name: str) -> None:
-        patches = training_patches(training, numbers[name], seed)
+        side = getattr(networks[name], "patch", PATCH)
+        patches = training_patches(training, numbers[name], seed, side)
         train(networks[name], patches, rain_degradation(RAIN[rain]), steps, seed, label=name)
 
     # Networks this small cannot keep two cores busy; two trainings, with a core each, can.

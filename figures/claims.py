@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -431,9 +432,31 @@ def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
         axes.clabel(lines, fmt="%d dB", fontsize=7)
         axes.set(title=f"{images.split('-')[0]}, tested on {tested_on}",
                  xlabel="E_B, error where dry", ylabel="E_W, error where wet")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
+    legend = {}
+    for axes in grid.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles))
+    figure.legend(legend.values(), legend, loc="outside right center")
     figure.suptitle("Lower left is better")
     return figure
+
+def figure_photograph(model: str) -> tuple[Figure, list[dict]]:
+    """Grace Hopper (matplotlib's sample) in unseen rain, behind the opening and a checkpoint."""
+    clean = derain.open_image(get_sample_data("grace_hopper.jpg", asfileobj=False))[None]
+    rainy = degradation("unseen")(clean, derain.stream(0, "photograph"))
+    network = derain.load_checkpoint(model)
+    outputs = {"unseen rain": rainy, "opening, untrained": derain.opening(rainy),
+               "trained": derain.restore(network, rainy[0])[None], "clean": clean}
+    figure, rows = Figure(figsize=(11, 4), layout="constrained"), []
+    for axes, (name, output) in zip(figure.subplots(1, 4), outputs.items()):
+        rows.append({"output": name, **derain.decoupled_evaluation(output, rainy, clean)})
+        axes.imshow(output[0].permute(1, 2, 0).numpy())
+        axes.set(title=name, xticks=[], yticks=[])
+        axes.set_xlabel("E_W {E_W:.1f}, E_B {E_B:.1f}, {psnr:.1f} dB".format(**rows[-1]))
+    dry = {"opening": derain.opening(clean), "trained": derain.restore(network, clean[0])[None]}
+    for name, output in dry.items():  # what is done to an image without rain
+        rows.append({"output": f"{name}, dry", **derain.decoupled_evaluation(output, clean, clean)})
+    return figure, rows
 
 def statistics(claims: dict[str, Claim], seeds: int) -> list[str]:
     """What the verdicts rest on, as lines of claims.md."""
@@ -482,8 +505,12 @@ def main() -> None:
     parser.add_argument("--steps", type=partial(derain.whole, least=1), default=STEPS, metavar="N")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of finished runs")
     parser.add_argument("--fresh", action="store_true", help="do not read figures/runs.csv")
+    parser.add_argument("--photograph", metavar="MODEL", help="only draw photograph.png with it")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the same bytes on any number of cores
+    if args.photograph:
+        derain.save_figure(*figure_photograph(args.photograph), FIGURES / "photograph.png")
+        return
     standard = args.seeds >= SEEDS and args.steps == STEPS and not args.fresh
     out = FIGURES if standard else args.runs
     args.runs.mkdir(parents=True, exist_ok=True)
