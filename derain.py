@@ -1,18 +1,20 @@
 """Why do image-restoration networks fail on degradations that they have not seen?
 
-As in Hu et al. (arXiv 2502.12600), one network meets 8 backgrounds in training, its twin 1,024.
+Two copies of a network learn to remove rain, one on 8 backgrounds, one on 1,024, and meet rain that
+neither has seen: the central experiment of Hu et al. (arXiv 2502.12600), in a minute.
 
 1 rain           RainRange, streak_kernel, streak_seeds, rain_layers, add_rain, rain_degradation
 2 backgrounds    draw_face, draw_dead_leaves, open_image, load_images, sample_patches, sharpness
-3 networks       ResNet, UNet, opening, Openings, shift_mask, WindowAttention, SwinBlock, SwinIR
+3 networks       ResNet, UNet, to_windows, shift_mask, WindowAttention, SwinBlock, SwinIR
 4 content prior  ResidualBlock, PixelAttention, Level, Encoder, Decoder, Codebook, VQGAN
                  load_vqgan, pretrain, VQGANPrior
 5 training       train, save_checkpoint, load_checkpoint
-6 evaluation     rain_mask, decoupled_evaluation, psnr, ssim, predict, restore
+6 evaluation     rain_mask, decoupled_evaluation, psnr, ssim, opening, predict, restore
 7 main job       training_and_held_out, training_patches, few_against_many, figure_headline
 8 command line   make_parser, main
 
 Images are float32 tensors (n, 3, h, w) in [0, 1], one image is (3, h, w), rain is (n, 1, h, w).
+There is no global random state: whatever draws at random takes a numpy Generator or a seed.
 """
 
 import argparse
@@ -76,22 +78,19 @@ def print_progress(label: str, step: int, steps: int, loss: float, begun: float)
 @dataclass(frozen=True)
 class RainRange:
     """The factors of rain, intervals (low, high) that every image draws from (paper, Fig. 2)."""
-    quantity: tuple[float, float]  # streak seeds per 10,000 pixels; below 0: none
+    quantity: tuple[float, float]  # streak seeds per 10,000 pixels
     width: tuple[float, float]  # of a streak at half its brightness, in pixels
     length: tuple[float, float]  # the same
     direction: tuple[float, float]  # degrees from vertical; positive leans like "/"
     either_side: bool = False  # mirror the direction of half of the images
-    strength: tuple[float, float] | None = None  # of all streaks of an image; None: 1
 
 # small lies within medium, and medium within large, in every factor.  `unseen` lies outside large
-# in direction and length; its streaks are fewer, so that about as many pixels are wet.  `diverse`,
-# of all directions, faint to bright and sometimes none, is for people's own photographs.
+# in direction and length.  Its streaks are longer, and fewer, so that about as many pixels are wet.
 RAIN = {
     "small": RainRange(quantity=(60, 80), width=(1.5, 2.0), length=(12, 16), direction=(-5, 5)),
     "medium": RainRange(quantity=(40, 120), width=(1.3, 2.5), length=(9, 20), direction=(-20, 20)),
     "large": RainRange(quantity=(20, 160), width=(1.0, 3.0), length=(6, 24), direction=(-45, 45)),
     "unseen": RainRange((25, 50), (1.3, 2.5), (28, 36), direction=(55, 75), either_side=True),
-    "diverse": RainRange((-6, 100), (1, 4), (4, 24), direction=(-90, 90), strength=(0.1, 1)),
 }
 STREAK_PEAK = (0.3, 0.8)  # every streak draws its peak brightness from this interval
 
@@ -128,9 +127,9 @@ def rain_layers(n: int, size: int | tuple[int, int], rain_range: RainRange,
                 rng: np.random.Generator) -> Tensor:
     """n rain layers (n, 1, h, w) in [0, 1]; size is (h, w) or one number.  Streaks add up, to 1.
     Draws the factors of all images, one factor after the other; the side that each image leans to,
-    if either_side; rng.random((n, *canvas), np.float32); strengths, if any.  The canvas has sides
-    h + k - 1 and w + k - 1, rounded up to multiples of 16, since streaks come in from outside: the
-    kernel of a seed at (y, x) fills rows y - k + 1 to y and columns x - k + 1 to x of the frame."""
+    if either_side; then rng.random((n, *canvas), np.float32).  The canvas has sides h + k - 1 and
+    w + k - 1, rounded up to multiples of 16, so that streaks also come in from outside: the kernel
+    (k, k) of a seed at (y, x) fills rows y - k + 1 to y and columns x - k + 1 to x of the frame."""
     height, width = (size, size) if isinstance(size, int) else size
     intervals = (rain_range.quantity, rain_range.width, rain_range.length, rain_range.direction)
     factors = np.stack([rng.uniform(low, high, n) for low, high in intervals])  # (4, n)
@@ -141,11 +140,8 @@ def rain_layers(n: int, size: int | tuple[int, int], rain_range: RainRange,
     margin = kernel.shape[-1] - 1
     canvas = [math.ceil((side + margin) / 16) * 16 for side in (height, width)]
     noise = torch.from_numpy(rng.random((n, *canvas), dtype=np.float32))
-    seeds = streak_seeds(noise, factors[0].clamp(min=0))
-    if rain_range.strength:
-        seeds = seeds * torch.from_numpy(rng.uniform(*rain_range.strength, (n, 1, 1))).float()
     # The Fourier transform filters each layer with its own kernel, fastest if sides divide by 16.
-    spectrum = torch.fft.rfft2(seeds) * torch.fft.rfft2(kernel, s=canvas)
+    spectrum = torch.fft.rfft2(streak_seeds(noise, factors[0])) * torch.fft.rfft2(kernel, s=canvas)
     rain = torch.fft.irfft2(spectrum, s=canvas)[:, None, margin:, margin:]
     return rain[..., :height, :width].clamp(0, 1)
 
@@ -160,7 +156,8 @@ def rain_degradation(rain_range: RainRange) -> Callable[[Tensor, np.random.Gener
     return degrade
 
 # ---- 2  Backgrounds: what stands behind the rain, and how complex is it? -------------------------
-# Without photographs, two painters stand in: faces, and dead leaves, a model of natural images.
+# The paper trains on faces, natural images, manga and city scenes.  load_images reads photographs.
+# Without any, two painters stand in: faces, and dead leaves, the standard model of natural images.
 
 def inside(distance: np.ndarray, softness: float) -> np.ndarray:
     """Coverage in [0, 1] of a shape: 1 where the signed distance to its outline is negative."""
@@ -209,7 +206,9 @@ def draw_face(size: int, rng: np.random.Generator) -> np.ndarray:
     return image
 
 def draw_dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Dead leaves (3, size, size): discs with radii of density r^-3 (Lee, Mumford & Huang 2001)."""
+    """Dead leaves (3, size, size): discs with radii of density r^-3 that hide one another.
+    They have the statistics of natural images (Lee, Mumford & Huang 2001).  The largest radius is
+    size / 2 + 10, the smallest 2.5 to 10; discs lie eight deep, so that no gap remains."""
     image = np.zeros((3, size, size), dtype=np.float32)
     scene = rng.uniform(0.2, 0.7) + rng.normal(0, 0.08, 3)
     smallest = 2.5 * 4 ** rng.random()
@@ -283,16 +282,18 @@ def sample_patches(images: list[Tensor], n: int, size: int, rng: np.random.Gener
     return torch.stack(patches)
 
 def sharpness(patches: Tensor) -> Tensor:
-    """Mean gradient magnitude of each patch (n, 3, h, w), per pixel: (n,).  (Paper, Fig. 5.)
-    The gradient: forward differences, down and right, of the channels' mean, where both exist."""
+    """Mean gradient magnitude of each patch, per pixel: (n, 3, h, w) in [0, 1] to (n,).
+    The gradient: forward differences, down and to the right, of the mean of the channels, where
+    both exist.  (The paper sorts DIV2K by sharpness, Fig. 5.)"""
     grey = patches.mean(1)
     down = grey[:, 1:, :-1] - grey[:, :-1, :-1]
     right = grey[:, :-1, 1:] - grey[:, :-1, :-1]
     return torch.hypot(down, right).mean((1, 2))
 
 # ---- 3  Networks: does the architecture matter? --------------------------------------------------
-# Each maps degraded images (n, 3, h, w) of any size to restored ones.  An output pixel depends on
-# 21x21 input pixels in the ResNet, 26x26 in SwinIR, 44x44 in the U-Net; SwinIR predicts a change.
+# Each maps degraded images (n, 3, h, w) of any size to restored ones.  The paper finds the same
+# failure in all.  An output pixel depends on 21x21 input pixels in the ResNet, 26x26 in SwinIR,
+# 44x44 in the U-Net; SwinIR predicts a correction to its input, the others the image.
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)  # keeps the size of the image
 
@@ -320,20 +321,21 @@ class ResNet(nn.Module):
         return self.tail(features)
 
 class UNet(nn.Module):
-    """A U-Net (Ronneberger et al. 2015).  Twice, sides halve (max pooling) and channels double;
-    each level on the way up gets back, as its first channels, what it was on the way down."""
-    def __init__(self, channels: int = 16, inputs: int = 3, outputs: int = 3):
+    """A U-Net (Ronneberger et al. 2015), two levels deep.
+    Going down, sides halve (max pooling) and channels double; going up, each level gets back, as
+    its first channels, what it was on the way down."""
+    def __init__(self, channels: int = 16):
         super().__init__()
         def level(inputs: int, outputs: int) -> nn.Sequential:
             return nn.Sequential(conv3x3(inputs, outputs), nn.ReLU(),
                                  conv3x3(outputs, outputs), nn.ReLU())
         c = channels
-        self.down = nn.ModuleList([level(inputs, c), level(c, 2 * c)])
+        self.down = nn.ModuleList([level(3, c), level(c, 2 * c)])
         self.bottom = level(2 * c, 4 * c)
         self.grow = nn.ModuleList([nn.ConvTranspose2d(4 * c, 2 * c, 2, 2),
                                    nn.ConvTranspose2d(2 * c, c, 2, 2)])
         self.up = nn.ModuleList([level(4 * c, 2 * c), level(2 * c, c)])
-        self.tail = nn.Conv2d(c, outputs, 1)
+        self.tail = nn.Conv2d(c, 3, 1)
 
     def forward(self, degraded: Tensor) -> Tensor:
         features = pad_to_multiple(degraded, 4)
@@ -345,28 +347,6 @@ class UNet(nn.Module):
         for grow, level in zip(self.grow, self.up):
             features = level(torch.cat([details.pop(), grow(features)], 1))
         return self.tail(features)[..., :degraded.shape[2], :degraded.shape[3]]
-
-def opening(images: Tensor, size: int = 5) -> Tensor:
-    """Morphological opening of images (n, 3, h, w): the largest of the smallest in size x size.
-    The untrained yardstick: it removes whatever is bright and thinner than `size`."""
-    smallest = -F.max_pool2d(-images.contiguous(), size, 1, size // 2)
-    return F.max_pool2d(smallest, size, 1, size // 2)
-
-class Openings(UNet):
-    """A U-Net that weighs, at each pixel, the image and its openings of 3 to 9 pixels.
-    So it can take away what is bright and thin, and add nothing.  (Ours; not of the paper.)"""
-    patch = 64  # for `train` of photographs: smaller patches are nearly filled by a streak
-
-    def __init__(self, channels: int = 16):
-        super().__init__(channels, inputs=15, outputs=5)
-        nn.init.zeros_(self.tail.weight)  # start with equal weights, lest one wins at once
-
-    def forward(self, degraded: Tensor) -> Tensor:
-        openings = [opening(degraded, size) for size in (3, 5, 7, 9)]
-        choices = torch.stack([degraded, *openings], 1)  # (n, 5, 3, h, w)
-        removed = (choices[:, :-1] - choices[:, 1:]).flatten(1, 2)  # (n, 12, h, w)
-        weights = super().forward(torch.cat([degraded, removed], 1)).softmax(1)  # (n, 5, h, w)
-        return (weights[:, :, None] * choices).sum(1)
 
 # SwinIR replaces convolutions by self-attention within 8x8 windows; every second block shifts them
 # by half, so that information crosses their borders.
@@ -398,7 +378,8 @@ class WindowAttention(nn.Module):
     """Multi-head self-attention within windows, with a learned bias for each offset of two pixels.
     windows (b, n, c), n = window ** 2; mask (windows of an image, n, n), to be added, or None.
     `qkv` makes queries, then keys, then values, each with its heads side by side; scores are
-    divided by the root of a head's channels; offset[i, j]: the table's row for query i, key j."""
+    divided by the root of a head's channels; offset[i, j] is the table's row for query i, key j.
+    """
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
         self.heads = heads
@@ -425,7 +406,8 @@ class WindowAttention(nn.Module):
 class SwinBlock(nn.Module):
     """Attention in windows, then a perceptron for each pixel; each adds to its input (n, h, w, c).
     Each starts with a normalization of its input; the perceptron has a GELU.  With shift > 0 (half
-    a window) the image is rolled up and to the left before it is cut into windows, then back."""
+    a window) the image is rolled up and to the left before it is cut into windows, and back after.
+    """
     def __init__(self, dim: int, heads: int, window: int, shift: int, hidden: int):
         super().__init__()
         self.window, self.shift = window, shift
@@ -489,7 +471,7 @@ class SwinIR(nn.Module):
         restored = image + self.conv_last(deep) + self.mean
         return restored[..., :degraded.shape[2], :degraded.shape[3]]
 
-NETWORKS = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR, "openings": Openings}
+NETWORKS: dict[str, type[nn.Module]] = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR}
 
 def build_network(make: type[nn.Module], seed: int = 0, **arguments) -> nn.Module:
     """make(**arguments), such as ResNet(channels=8), with weights drawn from `seed`."""
@@ -501,7 +483,8 @@ def build_network(make: type[nn.Module], seed: int = 0, **arguments) -> nn.Modul
 # ---- 4  Content prior: can a network be held to the manifold of clean images? --------------------
 # A VQGAN (Esser et al. 2021) is an autoencoder: its encoder turns an image into a grid of vectors,
 # each is replaced by the nearest of a fixed list, the codebook, and its decoder draws an image from
-# those.  Trained on clean images, it has codes for what they show, and none for rain.
+# those.  Trained on clean images, it has codes for what they show, and none for rain.  Names and
+# numerics are the published ones, so that published checkpoints load.
 
 group_norm = partial(nn.GroupNorm, 32, eps=1e-6)  # of a number of channels that divides by 32
 
@@ -521,7 +504,8 @@ class ResidualBlock(nn.Module):
 
 class PixelAttention(nn.Module):
     """Single-head self-attention among all pixels, added to its input (n, c, h, w).
-    q, k, v are of the normalized input; scores are divided by the root of c; proj_out is last."""
+    q, k, v are of the normalized input; scores are divided by the root of c; proj_out comes last.
+    """
     def __init__(self, channels: int):
         super().__init__()
         self.norm = group_norm(channels)
@@ -606,7 +590,8 @@ class Codebook(nn.Module):
         """Latent (n, d, h, w) to the quantized latent, the codes' indices (n, h, w), and a loss.
         The gradient of the quantized latent with respect to the latent is the identity.  The loss
         sums two mean squared errors, over all elements: one moves only the latents to their codes,
-        with weight 1, the other only the codes, with weight beta = 0.25.  (Van den Oord, Eq. 3.)"""
+        with weight 1, the other only the codes, with weight beta = 0.25.  (Van den Oord et al.,
+        Eq. 3; the published VQGAN's weights; its paper has them the other way round.)"""
         vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, d)
         codes = self.embedding.weight
         # |v - c|^2 = |v|^2 - 2 v c + |c|^2, and |v|^2 is the same for all codes.
@@ -617,7 +602,7 @@ class Codebook(nn.Module):
         return latent + (quantized - latent).detach(), indices, loss
 
 class VQGAN(nn.Module):
-    """The VQGAN of Esser et al. (2021), with the names, numerics and defaults of the published one.
+    """The VQGAN of Esser et al. (2021), by default as published for ImageNet with 1024 codes.
     ch * ch_mult[i] channels at level i, which has half the resolution of the one before; attention
     where that is in attn_resolutions, for images of `resolution` pixels a side.  n_embed codes of
     embed_dim numbers.  groups: of every normalization.  Images are in [-1, 1] here."""
@@ -696,14 +681,16 @@ def load_vqgan(path: str | Path) -> VQGAN:
         raise BadInput(f"{path} holds no VQGAN ({type(problem).__name__})") from None
     return vqgan
 
-# Our own prior: latents 4 times smaller than the image; 8 groups, of 4 channels, as published.
+# Our own prior: latents 4 times smaller than the image, 256 codes.  8 groups: 4 channels in each,
+# as published; 32 groups would subtract each channel's mean over the patch, brightness included.
 PRIOR = dict(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=64,
              z_channels=64, n_embed=256, embed_dim=16, groups=8)
 
 def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, label="") -> None:
     """Train a VQGAN in place to reconstruct clean patches, cut from images (3, h, w) in [0, 1].
-    The loss is L1 and the codebook's (Esser et al. add two that sharpen textures).  A code that was
-    not chosen for 30 steps is replaced by a vector that the encoder has just made."""
+    The loss is L1 and the codebook's.  (The published VQGANs add a perceptual and an adversarial
+    loss, which sharpen textures: Esser et al., Section 3.1.)  A code that was not chosen for 30
+    steps is replaced by a vector that the encoder has just made."""
     codes = vqgan.quantize.embedding.weight
     optimizer = torch.optim.Adam(vqgan.parameters(), betas=(0.5, 0.9), fused=True)
     idle = torch.zeros(len(codes), device=codes.device)  # steps since each code was chosen
@@ -771,9 +758,10 @@ RATE = 2e-3  # Adam's learning rate at the start
 def train(network: nn.Module, backgrounds: Tensor, degrade: Callable, steps: int, seed: int = 0,
           label: str = "") -> list[float]:
     """Train a network in place to undo `degrade`; returns the loss of every step.
-    backgrounds: clean patches (n, 3, h, w) in [0, 1].  A step: BATCH drawn with replacement,
-    each mirrored (left to right) with a chance of one half, degraded; the gradient of L1, or of the
-    network's own `loss`; Adam at RATE, or its own `rate`, times (1 + cos(pi step / steps)) / 2."""
+    backgrounds: clean patches (n, 3, h, w) in [0, 1].  A step: BATCH of them drawn with
+    replacement, each mirrored (left to right) with a chance of one half, degraded; the gradient of
+    L1, or of network.loss(degraded, clean) if there is one; Adam at the rate
+    RATE (or network.rate) (1 + cos(pi step / steps)) / 2, steps from 0."""
     device = next(network.parameters()).device
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], fused=True)
     peak_rate = getattr(network, "rate", RATE)
@@ -860,22 +848,32 @@ def ssim(output: Tensor, clean: Tensor) -> float:
     """Structural similarity (Wang et al. 2004) of images (n, 3, h, w) in [0, 1]; mean over images.
     With means m, variances v, covariance c under an 11x11 Gaussian window of sigma 1.5 and sum 1,
     (2 m_x m_y + C1) (2 c + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2)), C1 = 0.01^2, C2 = 0.03^2,
-    of each channel, averaged where the window fits.  ValueError: shapes differ, or below 11x11."""
+    of each channel, averaged over all places where the window lies within the image.  Raises
+    ValueError if the shapes differ or a side is below 11."""
     if output.shape != clean.shape or min(clean.shape[-2:]) < 11:
         raise ValueError("SSIM needs two images of one shape, of 11x11 pixels or more")
     window = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
     window = window / window.sum()
     c1, c2 = 0.01 ** 2, 0.03 ** 2
-    def blur(image: Tensor) -> Tensor:  # (..., h, w) to (..., h - 10, w - 10): columns, then rows
+
+    def blur(image: Tensor) -> Tensor:  # (1, h, w) to (1, h - 10, w - 10): columns, then rows
         return F.conv2d(F.conv2d(image, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
 
-    x, y = (image.double().flatten(0, 1)[:, None] for image in (output, clean))  # (3 n, 1, h, w)
-    mean_x, mean_y = blur(x), blur(y)
-    variances = blur(x * x) - mean_x ** 2 + blur(y * y) - mean_y ** 2
-    covariance = blur(x * y) - mean_x * mean_y
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-                  / ((mean_x ** 2 + mean_y ** 2 + c1) * (variances + c2)))
-    return similarity.mean().item()
+    similarity = []
+    for x, y in zip(output.flatten(0, 1), clean.flatten(0, 1)):  # one by one, to bound the memory
+        x, y = x.double()[None], y.double()[None]
+        mean_x, mean_y = blur(x), blur(y)
+        variances = blur(x * x) - mean_x ** 2 + blur(y * y) - mean_y ** 2
+        covariance = blur(x * y) - mean_x * mean_y
+        similarity.append(((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+                           / ((mean_x ** 2 + mean_y ** 2 + c1) * (variances + c2))).mean())
+    return torch.stack(similarity).mean().item()
+
+def opening(images: Tensor, size: int = 5) -> Tensor:
+    """Morphological opening of images (n, 3, h, w): the largest of the smallest in size x size.
+    The untrained yardstick: it removes whatever is bright and thinner than `size`."""
+    smallest = -F.max_pool2d(-images, size, 1, size // 2)
+    return F.max_pool2d(smallest, size, 1, size // 2)
 
 @torch.no_grad()
 def predict(network: nn.Module, images: Tensor) -> Tensor:
@@ -897,8 +895,11 @@ def restore(network: nn.Module, image: Tensor, tile: int = 512, margin: int = 32
     return output
 
 # ---- 7  Main job: do fewer backgrounds make a network remove rain that it never saw? -------------
+# A network is trained on few backgrounds, its twin on many.  Both are tested on images that neither
+# has seen, in unseen rain and in that of training, beside the rainy input and the opening.
 
-IMAGE, MANY = 256, 1024  # side of a drawn background in pixels, and number of backgrounds
+IMAGE = 256  # side of a drawn background, pixels
+MANY = 1024  # backgrounds
 TEST_PATCHES, TEST_PATCH = 48, 128  # number and side
 
 def training_and_held_out(path: str | None, category: str, seed: int) -> tuple[list, list]:
@@ -915,22 +916,22 @@ def training_and_held_out(path: str | None, category: str, seed: int) -> tuple[l
     count = max(1, len(images) // 4)
     return images[count:], images[:count]
 
-def training_patches(images: list[Tensor], n: int, seed: int, side: int = PATCH) -> Tensor:
-    """n backgrounds (n, 3, side, side): the first of MANY, so that the few are among the many."""
-    return sample_patches(images, max(n, MANY), side, stream(seed, "patches"))[:n]
+def training_patches(images: list[Tensor], n: int, seed: int) -> Tensor:
+    """n backgrounds (n, 3, PATCH, PATCH): the first of MANY, so that the few are among the many."""
+    return sample_patches(images, max(n, MANY), PATCH, stream(seed, "patches"))[:n]
 
 def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int = 8, many: int = MANY,
                      net: str = "resnet", rain: str = "small", steps: int = 2500, seed: int = 0,
                      device: str = "cpu") -> tuple[list[dict], dict[str, dict[str, Tensor]]]:
     """Train a network on few backgrounds, its twin on many; test both in unseen and in `rain`.
     Both start from the same weights and meet the same rain.  Returns a row of measures for each
-    rain and output ("rainy", "opening", "few", "many"), and by rain the images, "clean" as well."""
+    rain and each output ("rainy", the input; "opening", "few", "many"); and for each rain the
+    images (n, 3, h, w) of these names, and "clean"."""
     numbers = {"few": few, "many": many}
     networks = {name: build_network(NETWORKS[net], seed).to(device) for name in numbers}
 
     def fit(name: str) -> None:
-        side = getattr(networks[name], "patch", PATCH)
-        patches = training_patches(training, numbers[name], seed, side)
+        patches = training_patches(training, numbers[name], seed)
         train(networks[name], patches, rain_degradation(RAIN[rain]), steps, seed, label=name)
 
     # Networks this small cannot keep two cores busy; two trainings, with a core each, can.
@@ -1019,7 +1020,7 @@ def command_train(args: argparse.Namespace) -> None:
         net, network, arguments = "prior", VQGANPrior(vqgan), {"vqgan": vqgan.arguments}
     else:
         net, network, arguments = args.net, build_network(NETWORKS[args.net], args.seed), {}
-    patches = training_patches(images, args.n, args.seed, getattr(network, "patch", PATCH))
+    patches = training_patches(images, args.n, args.seed)
     degrade = rain_degradation(RAIN[args.rain])
     train(network.to(args.device), patches, degrade, args.steps, args.seed, label=net)
     save_checkpoint(args.output, network, net, arguments)
@@ -1100,7 +1101,7 @@ def make_parser() -> Parser:
     rain.add_argument("photo")
     rain.add_argument("--range", choices=RAIN, default="medium", help="kind of rain")
     train = command(command_train, "train a network", "train --backgrounds photos/ -o model.pt")
-    train.add_argument("--n", **number, default=MANY, help="backgrounds")
+    train.add_argument("--n", **number, default=64, help="backgrounds")
     train.add_argument("--vqgan", metavar="FILE", help="fine-tune this pre-trained prior; no --net")
     vqgan = command(command_vqgan, "pre-train the content prior", "vqgan -o vqgan.pt")
     restore = command(command_restore, "remove rain of photographs", "restore m.pt a.jpg -o out/")
@@ -1117,10 +1118,9 @@ def make_parser() -> Parser:
     for verb in (rain, train, vqgan, restore):
         verb.add_argument("-o", "--output", type=Path, required=True, help="where the result goes")
     for verb in (parser, train):
-        verb.add_argument("--net", choices=("resnet", "unet", "swinir", "openings"),
-                          default="openings" if verb is train else "resnet")
-        verb.add_argument("--rain", choices=("small", "medium", "large", "diverse"),
-                          default="diverse" if verb is train else "small", help="rain of training")
+        verb.add_argument("--net", choices=("resnet", "unet", "swinir"), default="resnet")
+        verb.add_argument("--rain", choices=("small", "medium", "large"), help="rain of training",
+                          default="large" if verb is train else "small")
     for verb in (parser, train, vqgan):
         verb.add_argument("--backgrounds", metavar="PATH", help="photographs, not drawn images")
         verb.add_argument("--category", choices=BACKGROUNDS, default="faces", help="what to draw")

@@ -73,10 +73,9 @@ def images_of(images: str, seed: int, path: str | None) -> tuple[list[Tensor], l
     return derain.training_and_held_out(None if drawn else path, images, seed)
 
 def patches_of(run: Run, images: list[Tensor]) -> Tensor:
-    """The run's n backgrounds (n, 3, 40, 40), larger for `openings`."""
+    """The run's n backgrounds (n, 3, 40, 40)."""
     if run.third == "any":
-        side = getattr(derain.NETWORKS.get(run.net), "patch", derain.PATCH)
-        return derain.training_patches(images, run.n, run.seed, side)
+        return derain.training_patches(images, run.n, run.seed)
     patches = derain.sample_patches(images, 3 * run.n, derain.PATCH,
                                     derain.stream(run.seed, "patches"))
     order = derain.sharpness(patches).argsort()
@@ -201,10 +200,7 @@ def make_claims(photographs: str, steps: int) -> dict[str, Claim]:
         balance[f"{name}: 1,024, 8 in large rain"] = (large, replace(large, n=8))
         balance[f"{name}: large, small rain on 1,024"] = (large, world)
         low = replace(world, third="low", n=64)
-        settings = advised(world)
-        if name == "photographs":  # the default of `train`
-            settings["openings, diverse"] = replace(world, net="openings", trained_on="diverse")
-        for label, setting in settings.items():
+        for label, setting in advised(world).items():
             advice[f"{name}: {label}"] = (setting, yardstick(setting, "opening"))
         if name == "faces":
             low = replace(low, images="natural")
@@ -404,9 +400,8 @@ def figure_balance(claim: Claim, table: dict, seeds: int) -> Figure:
     return figure
 
 COLOURS = {"usual": "0.6", "few": "#e69f00", "few and simple": "#f0e442", "wide range": "#56b4e9",
-           "wide range and few": "#0072b2", "wide range, few and simple": "#009e73",
-           "diverse": "#d55e00"}
-MARKERS = {"resnet": "o", "unet": "s", "swinir": "D", "prior": "^", "openings": "P"}
+           "wide range and few": "#0072b2", "wide range, few and simple": "#009e73"}
+MARKERS = {"resnet": "o", "unet": "s", "swinir": "D", "prior": "^"}
 
 def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
     """E_W against E_B of each training, and of the opening; lines of about equal PSNR."""
@@ -417,8 +412,9 @@ def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
         def means(run):
             return [values(table, run, tested_on, m, seeds).mean() for m in ("E_B", "E_W", "psnr")]
 
-        for label, (run, opening) in claim.panels.items():
+        for label, (run, yard) in claim.panels.items():
             if run.images == images:
+                opening = yard
                 net, setting = label.split(": ")[1].split(", ", 1)
                 axes.plot(*means(run)[:2], MARKERS[net], color=COLOURS[setting], mec="black", ms=9,
                           label=f"{net}, {setting}")
@@ -427,7 +423,7 @@ def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
         share = (255 ** 2 * 10 ** (-db / 10) - dry ** 2) / (wet ** 2 - dry ** 2)
         x, y = np.meshgrid(np.linspace(0, axes.get_xlim()[1]), np.linspace(0, axes.get_ylim()[1]))
         error = np.maximum(share * y ** 2 + (1 - share) * x ** 2, 1)
-        lines = axes.contour(x, y, -10 * np.log10(error / 255 ** 2), range(14, 40, 2),
+        lines = axes.contour(x, y, -10 * np.log10(error / 255 ** 2), range(14, 32, 2),
                              colors="0.8", linewidths=0.8, zorder=0)
         axes.clabel(lines, fmt="%d dB", fontsize=7)
         axes.set(title=f"{images.split('-')[0]}, tested on {tested_on}",
@@ -437,7 +433,7 @@ def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
         handles, labels = axes.get_legend_handles_labels()
         legend |= dict(zip(labels, handles))
     figure.legend(legend.values(), legend, loc="outside right center")
-    figure.suptitle("Lower left is better")
+    figure.suptitle("Grey levels; lower left is better.  Grey lines: about equal PSNR")
     return figure
 
 def figure_photograph(model: str) -> tuple[Figure, list[dict]]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,16 @@ def make(net: str) -> torch.nn.Module:
     """An untrained network; speed does not depend on the weights."""
     arguments = {"vqgan": derain.PRIOR} if net == "prior" else {}
     return derain.build_network(derain.NETWORKS[net], **arguments)
+
+def bench_rain() -> None:
+    """A batch for training, and for testing."""
+    rng = np.random.default_rng(0)
+    for size in (derain.PATCH, derain.TEST_PATCH):
+        def work() -> None:
+            for _ in range(10):
+                derain.rain_layers(derain.BATCH, size, derain.RAIN["large"], rng)
+        rate = 10 * derain.BATCH / seconds(work)
+        show(f"large rain, {size}x{size} pixels", rate, "layers/s")
 
 def bench_training() -> None:
     """Steps of the training loop, with the rain."""
@@ -66,12 +77,13 @@ def bench_main() -> None:
         show("main job, once", time.perf_counter() - begun, "s")
         show("main job, peak memory", usage.ru_maxrss / 2 ** 20, "GiB")  # ru_maxrss is in KiB
 
-PARTS = {"training": bench_training, "restore": bench_restore, "main": bench_main}
+PARTS = {"rain": bench_rain, "training": bench_training, "restore": bench_restore,
+         "main": bench_main}
 
 def main() -> None:
     """Run some parts, or all."""
     parser = derain.Parser(prog="benchmark.py", description=__doc__.splitlines()[0],
-                           epilog="example: python tests/benchmark.py --only training",
+                           epilog="example: python tests/benchmark.py --only rain training",
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--only", choices=PARTS, nargs="+", metavar="PART", default=[*PARTS],
                         help=f"some of {', '.join(PARTS)}")

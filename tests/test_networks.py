@@ -165,18 +165,6 @@ def test_padding_reflects_at_the_right_and_the_bottom():
     assert tiny.shape == (2, 3, 8, 8) and torch.equal(tiny[..., 7, 7], image[..., 0, 1])
 
 
-def test_openings_only_take_away():
-    network = derain.build_network(derain.Openings, 3)
-    image = torch.rand(2, 3, 21, 30)
-    choices = torch.stack([image, *(derain.opening(image, size) for size in (3, 5, 7, 9))])
-    weights = network.tail.bias.softmax(0).view(5, 1, 1, 1, 1)  # the same for all pixels at first
-    torch.testing.assert_close(network(image), (weights * choices).sum(0))
-    torch.nn.init.normal_(network.tail.weight, 0, 5)
-    output = network(image)
-    assert (output < image + 1e-6).all() and (output > choices[4] - 1e-6).all()
-    assert network(image[..., :1, :7]).shape == (2, 3, 1, 7)
-
-
 def run_and_record(network, image):
     """The output, and what went into each layer and came out of it."""
     into, out = {}, {}

@@ -85,7 +85,7 @@ def test_direction_can_be_measured(direction, rng):
     assert abs(np.mean([fourier_angle(layer) for layer in layers]) - direction) < 2
 
 
-@pytest.mark.parametrize("name", ["large", "unseen", "diverse"])
+@pytest.mark.parametrize("name", ["large", "unseen"])
 def test_layers_equal_a_plain_loop(name, monkeypatch):
     """Each seed leaves one kernel, its own image's, also when it lies outside the frame.
     Simple kernels and seeds stand in, so that this test needs rain_layers only."""
@@ -110,8 +110,6 @@ def test_layers_equal_a_plain_loop(name, monkeypatch):
     canvas = [math.ceil((side + k - 1) / 16) * 16 for side in (height, width)]
     noise = torch.from_numpy(rng.random((n, *canvas), dtype=np.float32))
     seeds = derain.streak_seeds(noise, quantity)
-    if rain_range.strength:
-        seeds = seeds * torch.from_numpy(rng.uniform(*rain_range.strength, (n, 1, 1))).float()
     assert layers.shape == (n, 1, height, width)
     for i in range(n):
         plain = np.zeros((canvas[0] + k, canvas[1] + k))
@@ -119,11 +117,6 @@ def test_layers_equal_a_plain_loop(name, monkeypatch):
             plain[y:y + k, x:x + k] += seeds[i, y, x].item() * kernels[i]
         plain = np.clip(plain[k - 1:k - 1 + height, k - 1:k - 1 + width], 0, 1)
         assert np.abs(layers[i, 0].numpy() - plain).max() < 1e-5
-
-
-def test_no_rain_below_a_quantity_of_zero():
-    dry = derain.RainRange((-6, -1), width=(1, 2), length=(4, 8), direction=(0, 9))
-    assert not derain.rain_layers(3, 20, dry, np.random.default_rng(0)).any()
 
 
 def test_add_rain_clips_and_is_grey():
