@@ -282,9 +282,8 @@ def sample_patches(images: list[Tensor], n: int, size: int, rng: np.random.Gener
     return torch.stack(patches)
 
 def sharpness(patches: Tensor) -> Tensor:
-    """Mean gradient magnitude of each patch, per pixel: (n, 3, h, w) in [0, 1] to (n,).
-    The gradient: forward differences, down and to the right, of the mean of the channels, where
-    both exist.  (The paper sorts DIV2K by sharpness, Fig. 5.)"""
+    """Mean gradient magnitude of each patch (n, 3, h, w), per pixel: (n,).  (Paper, Fig. 5.)
+    The gradient: forward differences, down and right, of the channels' mean, where both exist."""
     grey = patches.mean(1)
     down = grey[:, 1:, :-1] - grey[:, :-1, :-1]
     right = grey[:, :-1, 1:] - grey[:, :-1, :-1]
@@ -1118,7 +1117,8 @@ def make_parser() -> Parser:
     for verb in (rain, train, vqgan, restore):
         verb.add_argument("-o", "--output", type=Path, required=True, help="where the result goes")
     for verb in (parser, train):
-        verb.add_argument("--net", choices=("resnet", "unet", "swinir"), default="resnet")
+        verb.add_argument("--net", choices=("resnet", "unet", "swinir"),
+                          default="swinir" if verb is train else "resnet")
         verb.add_argument("--rain", choices=("small", "medium", "large"), help="rain of training",
                           default="large" if verb is train else "small")
     for verb in (parser, train, vqgan):
