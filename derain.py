@@ -14,7 +14,6 @@ neither has seen: the central experiment of Hu et al. (arXiv 2502.12600), in a m
 8 command line   make_parser, main
 
 Images are float32 tensors (n, 3, h, w) in [0, 1], one image is (3, h, w), rain is (n, 1, h, w).
-There is no global random state: whatever draws at random takes a numpy Generator or a seed.
 """
 
 import argparse
@@ -207,8 +206,7 @@ def draw_face(size: int, rng: np.random.Generator) -> np.ndarray:
 
 def draw_dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
     """Dead leaves (3, size, size): discs with radii of density r^-3 that hide one another.
-    They have the statistics of natural images (Lee, Mumford & Huang 2001).  The largest radius is
-    size / 2 + 10, the smallest 2.5 to 10; discs lie eight deep, so that no gap remains."""
+    They have the statistics of natural images (Lee, Mumford & Huang 2001)."""
     image = np.zeros((3, size, size), dtype=np.float32)
     scene = rng.uniform(0.2, 0.7) + rng.normal(0, 0.08, 3)
     smallest = 2.5 * 4 ** rng.random()
@@ -320,9 +318,8 @@ class ResNet(nn.Module):
         return self.tail(features)
 
 class UNet(nn.Module):
-    """A U-Net (Ronneberger et al. 2015), two levels deep.
-    Going down, sides halve (max pooling) and channels double; going up, each level gets back, as
-    its first channels, what it was on the way down."""
+    """A U-Net (Ronneberger et al. 2015).  Twice, sides halve (max pooling) and channels double;
+    each level on the way up gets back, as its first channels, what it was on the way down."""
     def __init__(self, channels: int = 16):
         super().__init__()
         def level(inputs: int, outputs: int) -> nn.Sequential:
@@ -687,9 +684,8 @@ PRIOR = dict(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), re
 
 def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, label="") -> None:
     """Train a VQGAN in place to reconstruct clean patches, cut from images (3, h, w) in [0, 1].
-    The loss is L1 and the codebook's.  (The published VQGANs add a perceptual and an adversarial
-    loss, which sharpen textures: Esser et al., Section 3.1.)  A code that was not chosen for 30
-    steps is replaced by a vector that the encoder has just made."""
+    The loss is L1 and the codebook's (Esser et al. add two that sharpen textures).  A code that was
+    not chosen for 30 steps is replaced by a vector that the encoder has just made."""
     codes = vqgan.quantize.embedding.weight
     optimizer = torch.optim.Adam(vqgan.parameters(), betas=(0.5, 0.9), fused=True)
     idle = torch.zeros(len(codes), device=codes.device)  # steps since each code was chosen
@@ -1020,6 +1016,9 @@ def command_train(args: argparse.Namespace) -> None:
     else:
         net, network, arguments = args.net, build_network(NETWORKS[args.net], args.seed), {}
     patches = training_patches(images, args.n, args.seed)
+    if args.simple:
+        patches = sample_patches(images, 3 * args.n, PATCH, stream(args.seed, "patches"))
+        patches = patches[sharpness(patches).argsort()[:args.n]]
     degrade = rain_degradation(RAIN[args.rain])
     train(network.to(args.device), patches, degrade, args.steps, args.seed, label=net)
     save_checkpoint(args.output, network, net, arguments)
@@ -1101,6 +1100,7 @@ def make_parser() -> Parser:
     rain.add_argument("--range", choices=RAIN, default="medium", help="kind of rain")
     train = command(command_train, "train a network", "train --backgrounds photos/ -o model.pt")
     train.add_argument("--n", **number, default=64, help="backgrounds")
+    train.add_argument("--simple", action="store_true", help="take the N least sharp of 3 N")
     train.add_argument("--vqgan", metavar="FILE", help="fine-tune this pre-trained prior; no --net")
     vqgan = command(command_vqgan, "pre-train the content prior", "vqgan -o vqgan.pt")
     restore = command(command_restore, "remove rain of photographs", "restore m.pt a.jpg -o out/")
@@ -1118,7 +1118,7 @@ def make_parser() -> Parser:
         verb.add_argument("-o", "--output", type=Path, required=True, help="where the result goes")
     for verb in (parser, train):
         verb.add_argument("--net", choices=("resnet", "unet", "swinir"),
-                          default="swinir" if verb is train else "resnet")
+                          default="swinir" if verb is train else "resnet", help="architecture")
         verb.add_argument("--rain", choices=("small", "medium", "large"), help="rain of training",
                           default="large" if verb is train else "small")
     for verb in (parser, train, vqgan):

@@ -394,7 +394,8 @@ def figure_balance(claim: Claim, table: dict, seeds: int) -> Figure:
             axes.set_yticks(range(4), (1, 2, 4, 8) if toy else NUMBERS)
             axes.set_xlabel("J, tones of training noise" if toy else "range of training rain")
             names = {"E_R": "noise removed, %", "E_W": "error, %", "psnr": "error, dB"}
-            axes.set_title(names[metric] if toy else MEASURES[metric], fontsize=9)
+            title = MEASURES[metric].replace("best: ideal", "if higher were better")
+            axes.set_title(names[metric] if toy else title, fontsize=9)
     figure.suptitle("Unseen noise and rain.  Yellow is good; framed: the best of a column, and in"
                     " how many seeds", fontsize=11)
     return figure
@@ -412,12 +413,17 @@ def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
         def means(run):
             return [values(table, run, tested_on, m, seeds).mean() for m in ("E_B", "E_W", "psnr")]
 
+        points = {}
         for label, (run, yard) in claim.panels.items():
             if run.images == images:
                 opening = yard
                 net, setting = label.split(": ")[1].split(", ", 1)
-                axes.plot(*means(run)[:2], MARKERS[net], color=COLOURS[setting], mec="black", ms=9,
-                          label=f"{net}, {setting}")
+                points[setting, net] = means(run)[:2]
+                axes.plot(*points[setting, net], MARKERS[net], color=COLOURS[setting], mec="black",
+                          ms=9, label=f"{net}, {setting}")
+        steps = ("usual", "few and simple", "wide range, few and simple")
+        axes.plot(*zip(*(points[setting, "resnet"] for setting in steps)), "k--", lw=1, zorder=1,
+                  label="the paper's advice, step by step")
         axes.plot(*means(opening)[:2], "*", color="black", ms=15, label="opening, untrained")
         dry, wet, db = means(yardstick(opening, "rainy"))  # these three give the share of wet
         share = (255 ** 2 * 10 ** (-db / 10) - dry ** 2) / (wet ** 2 - dry ** 2)
@@ -433,7 +439,9 @@ def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
         handles, labels = axes.get_legend_handles_labels()
         legend |= dict(zip(labels, handles))
     figure.legend(legend.values(), legend, loc="outside right center")
-    figure.suptitle("Grey levels; lower left is better.  Grey lines: about equal PSNR")
+    figure.suptitle("Lower left is better.  Usual: 1,024 backgrounds in `small` rain; wide range:"
+                    " `large` rain; few: 8, in wide range 64; simple: the 64 least sharp of 192",
+                    fontsize=10, wrap=True)
     return figure
 
 def figure_photograph(model: str) -> tuple[Figure, list[dict]]:
@@ -448,7 +456,8 @@ def figure_photograph(model: str) -> tuple[Figure, list[dict]]:
         rows.append({"output": name, **derain.decoupled_evaluation(output, rainy, clean)})
         axes.imshow(output[0].permute(1, 2, 0).numpy())
         axes.set(title=name, xticks=[], yticks=[])
-        axes.set_xlabel("E_W {E_W:.1f}, E_B {E_B:.1f}, {psnr:.1f} dB".format(**rows[-1]))
+        if output is not clean:
+            axes.set_xlabel("E_W {E_W:.1f}, E_B {E_B:.1f}, {psnr:.1f} dB".format(**rows[-1]))
     dry = {"opening": derain.opening(clean), "trained": derain.restore(network, clean[0])[None]}
     for name, output in dry.items():  # what is done to an image without rain
         rows.append({"output": f"{name}, dry", **derain.decoupled_evaluation(output, clean, clean)})

@@ -1,7 +1,6 @@
 """How fast is derain.py, and how much memory does it take?
 
-Times are medians, on one core but for the main job, which trains two networks on a core each.
-Nothing else should run meanwhile.
+Times are medians, on one core but for the main job.  Nothing else should run meanwhile.
 """
 
 import argparse
@@ -88,7 +87,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="+", metavar="PART", default=[*PARTS],
                         help=f"some of {', '.join(PARTS)}")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # with more, threads wait for each other if another job takes a core
+    torch.set_num_threads(1)
     for name in args.only:
         PARTS[name]()
 

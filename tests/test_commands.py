@@ -80,6 +80,15 @@ def test_train_and_restore(call, photos, tmp_path):
     assert (restored - derain.predict(network, image[None])[0]).abs().max() < 0.51 / 255
 
 
+def test_simple_backgrounds_are_the_least_sharp(call, photos, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(derain, "train", lambda net, patches, *_, **__: taken.append(patches))
+    call("train", "--backgrounds", photos, "--n", 9, "--simple", "-o", tmp_path / "model.pt")
+    images, _ = derain.training_and_held_out(photos, "", 0)
+    patches = derain.sample_patches(images, 27, derain.PATCH, derain.stream(0, "patches"))
+    assert torch.equal(derain.sharpness(taken[0]), derain.sharpness(patches).sort().values[:9])
+
+
 def test_the_prior_from_the_command_line(call, photos, tmp_path):
     vqgan, prior = tmp_path / "vqgan.pt", tmp_path / "prior.pt"
     assert call("vqgan", "--backgrounds", photos, "--steps", 2, "-o", vqgan).returncode == 0
