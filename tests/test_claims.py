@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_thirds_by_sharpness_have_equal_numbers_and_do_not_overlap(claims):
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-def program(*arguments, ranks=1):
+def program(arguments, ranks=1):
     """Run claims.py as a user would, in one process or under torchrun."""
     start = [sys.executable]
     if ranks > 1:
@@ -180,16 +181,16 @@ def program(*arguments, ranks=1):
 
 def test_two_ranks_and_a_second_start_give_the_same_table(tmp_path):
     options = ("blur", "--seeds", 2, "--steps", 2, "--runs")
-    assert program(*options, tmp_path / "one").returncode == 0
-    first = (tmp_path / "one" / "runs.csv").read_bytes()
-    assert program(*options, tmp_path / "two", ranks=2).returncode == 0
-    assert (tmp_path / "two" / "runs.csv").read_bytes() == first
+    with ThreadPoolExecutor() as pool:
+        folders = ((*options, tmp_path / "one"), (*options, tmp_path / "two"))
+        assert not any(done.returncode for done in pool.map(program, folders, (1, 2)))
+    assert len({(tmp_path / name / "runs.csv").read_bytes() for name in ("one", "two")}) == 1
     (tmp_path / "one" / "runs.csv").unlink()  # as if killed before the end
     results = sorted((tmp_path / "one").glob("*.json"))
     marked = json.loads(results[0].read_text())
     marked[0]["E_W"] = 123.0
     results[0].write_text(json.dumps(marked))  # a finished run is not done again
-    again = program(*options, tmp_path / "one")
+    again = program((*options, tmp_path / "one"))
     assert again.returncode == 0 and ",123.0," in (tmp_path / "one" / "runs.csv").read_text()
     for name in ("blur.png", "claims.md"):
         assert (tmp_path / "one" / name).exists() and name in again.stdout
@@ -201,5 +202,5 @@ def test_bad_input_is_one_line(claims, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             claims.main()
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    refused = program("few", "--backgrounds", "nowhere")
+    refused = program(("few", "--backgrounds", "nowhere"))
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr

@@ -140,7 +140,8 @@ def test_photographs_are_split_by_image(photos):
         derain.training_and_held_out(photos / "photo0.png", "faces", 0)
 
 
-def test_the_main_job_measures_four_outputs_in_two_rains(faces):
+def test_the_main_job_measures_four_outputs_in_two_rains(faces, monkeypatch):
+    monkeypatch.setattr(derain, "TEST_PATCHES", 4)
     faces = [torch.nn.functional.interpolate(face[None], size=160)[0] for face in faces]
     rows, pictures = derain.few_against_many(faces[:6], faces[6:], 2, 5, steps=3)
     names = ["rainy", "opening", "few", "many"]
