@@ -893,8 +893,7 @@ def restore(network: nn.Module, image: Tensor, tile: int = 512, margin: int = 32
 # A network is trained on few backgrounds, its twin on many.  Both are tested on images that neither
 # has seen, in unseen rain and in that of training, beside the rainy input and the opening.
 
-IMAGE = 256  # side of a drawn background, pixels
-MANY = 1024  # backgrounds
+IMAGE, MANY = 256, 1024  # side of a drawn background in pixels, and number of backgrounds
 TEST_PATCHES, TEST_PATCH = 48, 128  # number and side
 
 def training_and_held_out(path: str | None, category: str, seed: int) -> tuple[list, list]:
@@ -911,17 +910,21 @@ def training_and_held_out(path: str | None, category: str, seed: int) -> tuple[l
     count = max(1, len(images) // 4)
     return images[count:], images[:count]
 
-def training_patches(images: list[Tensor], n: int, seed: int) -> Tensor:
-    """n backgrounds (n, 3, PATCH, PATCH): the first of MANY, so that the few are among the many."""
-    return sample_patches(images, max(n, MANY), PATCH, stream(seed, "patches"))[:n]
+def training_patches(images: list[Tensor], n: int, seed: int, third: str = "any") -> Tensor:
+    """n backgrounds (n, 3, PATCH, PATCH): the first of MANY, so that the few are among the many.
+    third: "low" or "high" for the least or the most sharp third of 3 n patches (paper, Fig. 5)."""
+    if third == "any":
+        return sample_patches(images, max(n, MANY), PATCH, stream(seed, "patches"))[:n]
+    patches = sample_patches(images, 3 * n, PATCH, stream(seed, "patches"))
+    order = sharpness(patches).argsort()
+    return patches[order[:n] if third == "low" else order[-n:]]
 
 def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int = 8, many: int = MANY,
                      net: str = "resnet", rain: str = "small", steps: int = 2500, seed: int = 0,
                      device: str = "cpu") -> tuple[list[dict], dict[str, dict[str, Tensor]]]:
     """Train a network on few backgrounds, its twin on many; test both in unseen and in `rain`.
     Both start from the same weights and meet the same rain.  Returns a row of measures for each
-    rain and each output ("rainy", the input; "opening", "few", "many"); and for each rain the
-    images (n, 3, h, w) of these names, and "clean"."""
+    rain and output ("rainy", "opening", "few", "many"), and by rain the images, "clean" as well."""
     numbers = {"few": few, "many": many}
     networks = {name: build_network(NETWORKS[net], seed).to(device) for name in numbers}
 
@@ -1015,10 +1018,7 @@ def command_train(args: argparse.Namespace) -> None:
         net, network, arguments = "prior", VQGANPrior(vqgan), {"vqgan": vqgan.arguments}
     else:
         net, network, arguments = args.net, build_network(NETWORKS[args.net], args.seed), {}
-    patches = training_patches(images, args.n, args.seed)
-    if args.simple:
-        patches = sample_patches(images, 3 * args.n, PATCH, stream(args.seed, "patches"))
-        patches = patches[sharpness(patches).argsort()[:args.n]]
+    patches = training_patches(images, args.n, args.seed, "low" if args.simple else "any")
     degrade = rain_degradation(RAIN[args.rain])
     train(network.to(args.device), patches, degrade, args.steps, args.seed, label=net)
     save_checkpoint(args.output, network, net, arguments)
@@ -1100,7 +1100,7 @@ def make_parser() -> Parser:
     rain.add_argument("--range", choices=RAIN, default="medium", help="kind of rain")
     train = command(command_train, "train a network", "train --backgrounds photos/ -o model.pt")
     train.add_argument("--n", **number, default=64, help="backgrounds")
-    train.add_argument("--simple", action="store_true", help="take the N least sharp of 3 N")
+    train.add_argument("--simple", action="store_true", help="the N least sharp of 3 N")
     train.add_argument("--vqgan", metavar="FILE", help="fine-tune this pre-trained prior; no --net")
     vqgan = command(command_vqgan, "pre-train the content prior", "vqgan -o vqgan.pt")
     restore = command(command_restore, "remove rain of photographs", "restore m.pt a.jpg -o out/")

@@ -72,15 +72,6 @@ def images_of(images: str, seed: int, path: str | None) -> tuple[list[Tensor], l
         raise derain.BadInput(f"to train on {images}, give --backgrounds")
     return derain.training_and_held_out(None if drawn else path, images, seed)
 
-def patches_of(run: Run, images: list[Tensor]) -> Tensor:
-    """The run's n backgrounds (n, 3, 40, 40)."""
-    if run.third == "any":
-        return derain.training_patches(images, run.n, run.seed)
-    patches = derain.sample_patches(images, 3 * run.n, derain.PATCH,
-                                    derain.stream(run.seed, "patches"))
-    order = derain.sharpness(patches).argsort()
-    return patches[order[:run.n] if run.third == "low" else order[-run.n:]]
-
 def prior_of(run: Run, folder: Path, path: str | None) -> derain.VQGAN:
     """The VQGAN of a run of the prior.  One serves all seeds, except for split photographs."""
     seed = 0 if run.images in derain.BACKGROUNDS else run.seed
@@ -103,8 +94,8 @@ def measure(run: Run, folder: Path, path: str | None = None) -> list[dict]:
             arguments = {"vqgan": prior_of(run, folder, path)}
         make = Autoencoder if run.net == "autoencoder" else derain.NETWORKS[run.net]
         network = derain.build_network(make, run.seed, **arguments)
-        degrade = degradation(run.trained_on)
-        derain.train(network, patches_of(run, training), degrade, run.steps, run.seed)
+        patches = derain.training_patches(training, run.n, run.seed, run.third)
+        derain.train(network, patches, degradation(run.trained_on), run.steps, run.seed)
     clean = derain.sample_patches(held_out, 32, 96, derain.stream(run.seed, "test patches"))
     rows = []
     for kind in tests_of(run):
@@ -340,7 +331,7 @@ def claim_lines(claim: Claim, table: dict, seeds: int) -> list[str]:
 
 # ---- 5  What does it look like? ------------------------------------------------------------------
 
-MEASURES = {"E_R": "E_R, change where wet\n(best: ideal)",
+MEASURES = {"E_R": "E_R, change where wet\n(high: removal or damage)",
             "E_W": "E_W, error where wet\n(lower: better)",
             "E_B": "E_B, error elsewhere\n(lower: better)", "psnr": "PSNR, dB\n(higher: better)"}
 
@@ -394,8 +385,7 @@ def figure_balance(claim: Claim, table: dict, seeds: int) -> Figure:
             axes.set_yticks(range(4), (1, 2, 4, 8) if toy else NUMBERS)
             axes.set_xlabel("J, tones of training noise" if toy else "range of training rain")
             names = {"E_R": "noise removed, %", "E_W": "error, %", "psnr": "error, dB"}
-            title = MEASURES[metric].replace("best: ideal", "if higher were better")
-            axes.set_title(names[metric] if toy else title, fontsize=9)
+            axes.set_title(names[metric] if toy else MEASURES[metric], fontsize=9)
     figure.suptitle("Unseen noise and rain.  Yellow is good; framed: the best of a column, and in"
                     " how many seeds", fontsize=11)
     return figure
@@ -413,16 +403,16 @@ def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
         def means(run):
             return [values(table, run, tested_on, m, seeds).mean() for m in ("E_B", "E_W", "psnr")]
 
+        panels = {k: pair for k, pair in claim.panels.items() if pair[0].images == images}
         points = {}
-        for label, (run, yard) in claim.panels.items():
-            if run.images == images:
-                opening = yard
-                net, setting = label.split(": ")[1].split(", ", 1)
-                points[setting, net] = means(run)[:2]
-                axes.plot(*points[setting, net], MARKERS[net], color=COLOURS[setting], mec="black",
-                          ms=9, label=f"{net}, {setting}")
+        for label, (run, opening) in panels.items():
+            net, setting = label.split(": ")[1].split(", ", 1)
+            points[setting, net] = means(run)[:2]
+            axes.plot(*points[setting, net], MARKERS[net], color=COLOURS[setting], mec="black",
+                      ms=9, label=f"{net}, {setting}")
         steps = ("usual", "few and simple", "wide range, few and simple")
-        axes.plot(*zip(*(points[setting, "resnet"] for setting in steps)), "k--", lw=1, zorder=1,
+        path = np.array([points[setting, "resnet"] for setting in steps])  # (3, 2)
+        axes.plot(path[:, 0], path[:, 1], "k--", lw=1, zorder=1,
                   label="the paper's advice, step by step")
         axes.plot(*means(opening)[:2], "*", color="black", ms=15, label="opening, untrained")
         dry, wet, db = means(yardstick(opening, "rainy"))  # these three give the share of wet
@@ -434,11 +424,7 @@ def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
         axes.clabel(lines, fmt="%d dB", fontsize=7)
         axes.set(title=f"{images.split('-')[0]}, tested on {tested_on}",
                  xlabel="E_B, error where dry", ylabel="E_W, error where wet")
-    legend = {}
-    for axes in grid.flat:
-        handles, labels = axes.get_legend_handles_labels()
-        legend |= dict(zip(labels, handles))
-    figure.legend(legend.values(), legend, loc="outside right center")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
     figure.suptitle("Lower left is better.  Usual: 1,024 backgrounds in `small` rain; wide range:"
                     " `large` rain; few: 8, in wide range 64; simple: the 64 least sharp of 192",
                     fontsize=10, wrap=True)
