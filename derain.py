@@ -677,10 +677,10 @@ def load_vqgan(path: str | Path) -> VQGAN:
         raise BadInput(f"{path} holds no VQGAN ({type(problem).__name__})") from None
     return vqgan
 
-# Our own prior: latents 4 times smaller than the image, 256 codes.  8 groups: 4 channels in each,
+# Our own prior: latents 8 times smaller than the image, 1,024 codes.  8 groups: 4 channels in each,
 # as published; 32 groups would subtract each channel's mean over the patch, brightness included.
-PRIOR = dict(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=64,
-             z_channels=64, n_embed=256, embed_dim=16, groups=8)
+PRIOR = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=64,
+             z_channels=64, n_embed=1024, embed_dim=16, groups=8)
 
 def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, label="") -> None:
     """Train a VQGAN in place to reconstruct clean patches, cut from images (3, h, w) in [0, 1].
@@ -729,17 +729,23 @@ class VQGANPrior(nn.Module):
 
     def prepare(self, image: Tensor) -> Tensor:
         """An image in [0, 1] as the encoder takes it: padded, and in [-1, 1]."""
-        return 2 * pad_to_multiple(image, 2 ** len(self.vqgan.encoder.down)) - 1
+        return 2 * pad_to_multiple(image, 2 ** (len(self.vqgan.encoder.down) - 1)) - 1
+
+    def draw(self, latent: Tensor, shape: torch.Size) -> Tensor:
+        """What the decoder draws of the codes nearest to a latent, in [0, 1], cut to a shape."""
+        quantized, _, _ = self.vqgan.quantize(latent)
+        return (self.vqgan.decode(quantized)[..., :shape[2], :shape[3]] + 1) / 2
 
     def forward(self, degraded: Tensor) -> Tensor:
-        restored, _ = self.vqgan(self.prepare(degraded))
-        return (restored[..., :degraded.shape[2], :degraded.shape[3]] + 1) / 2
+        return self.draw(self.vqgan.encode(self.prepare(degraded)), degraded.shape)
 
     def loss(self, degraded: Tensor, clean: Tensor) -> Tensor:
-        """Mean squared distance of the latent from the codes that `teacher` finds in clean."""
+        """L1, plus the mean squared distance of the encoder's latent of the degraded image, before
+        quantization, from the quantized latent that `teacher` makes of the clean one."""
         with torch.no_grad():
             codes, _, _ = self.vqgan.quantize(self.teacher(self.prepare(clean)))
-        return F.mse_loss(self.vqgan.encode(self.prepare(degraded)), codes)
+        latent = self.vqgan.encode(self.prepare(degraded))
+        return F.mse_loss(latent, codes) + F.l1_loss(self.draw(latent, clean.shape), clean)
 
 NETWORKS["prior"] = VQGANPrior
 
@@ -1124,7 +1130,7 @@ def make_parser() -> Parser:
     for verb in (parser, train, vqgan):
         verb.add_argument("--backgrounds", metavar="PATH", help="photographs, not drawn images")
         verb.add_argument("--category", choices=BACKGROUNDS, default="faces", help="what to draw")
-        verb.add_argument("--steps", **number, default=3500 if verb is vqgan else 2500)
+        verb.add_argument("--steps", **number, default=5000 if verb is vqgan else 2500)
     for verb in (parser, rain, train, vqgan):
         verb.add_argument("--seed", type=whole, default=0, help="of all that is drawn at random")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]

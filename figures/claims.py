@@ -75,7 +75,7 @@ def images_of(images: str, seed: int, path: str | None) -> tuple[list[Tensor], l
 def prior_of(run: Run, folder: Path, path: str | None) -> derain.VQGAN:
     """The VQGAN of a run of the prior.  One serves all seeds, except for split photographs."""
     seed = 0 if run.images in derain.BACKGROUNDS else run.seed
-    steps = max(1, round(3500 / 2400 * run.steps))
+    steps = max(1, round(5000 / 2400 * run.steps))
     file = folder / f"vqgan_{run.images}_{steps}_{seed}.pt"
     if not file.exists():
         vqgan = derain.build_network(derain.VQGAN, seed, **derain.PRIOR)

@@ -32,7 +32,7 @@ ASSIGNMENTS = {
     "attention": ["to_windows", "from_windows", "shift_mask", "WindowAttention.forward",
                   "SwinBlock.forward"],
     "quantization": ["ResidualBlock.forward", "PixelAttention.forward", "Codebook.forward",
-                     "VQGANPrior.forward", "VQGANPrior.loss"],
+                     "VQGANPrior.draw", "VQGANPrior.loss"],
 }
 TEST_FILE = '''"""Tests of rain_mask, decoupled_evaluation and psnr, from their docstrings.
 

@@ -117,12 +117,12 @@ WRONG = (
      "latent, quantized"),
     ("Codebook.forward", "largest product for smallest distance", "codes.square().sum(1) - 2 *",
      "-2 *"),
-    ("VQGANPrior.forward", "shows [-1, 1] for [0, 1]", "+ 1) / 2", ")"),
-    ("VQGANPrior.forward", "cropped at the wrong side", ":degraded.shape[2]",
-     "-degraded.shape[2]:"),
+    ("VQGANPrior.draw", "shows [-1, 1] for [0, 1]", "+ 1) / 2", ")"),
+    ("VQGANPrior.draw", "cropped at the wrong side", ":shape[2]", "-shape[2]:"),
     ("VQGANPrior.loss", "the latent, not its codes, as target",
      "codes, _, _ = self.vqgan.quantize(", "codes = ("),
     ("VQGANPrior.loss", "taught by itself", "self.teacher(", "self.vqgan.encode("),
+    ("VQGANPrior.loss", "no L1", " + F.l1_loss(self.draw(latent, clean.shape), clean)", ""),
 )
 
 
