@@ -5,9 +5,8 @@ neither has seen: the central experiment of Hu et al. (arXiv 2502.12600), in a m
 
 1 rain           RainRange, streak_kernel, streak_seeds, rain_layers, add_rain, rain_degradation
 2 backgrounds    draw_face, draw_dead_leaves, open_image, load_images, sample_patches, sharpness
-3 networks       ResNet, UNet, to_windows, shift_mask, WindowAttention, SwinBlock, SwinIR
-4 content prior  ResidualBlock, PixelAttention, Level, Encoder, Decoder, Codebook, VQGAN
-                 load_vqgan, pretrain, VQGANPrior
+3 networks       ResNet, UNet, WindowAttention, SwinIR, line_openings, LineOpenings
+4 content prior  Encoder, Decoder, Codebook, VQGAN, load_vqgan, pretrain, VQGANPrior
 5 training       train, save_checkpoint, load_checkpoint
 6 evaluation     rain_mask, decoupled_evaluation, psnr, ssim, opening, predict, restore
 7 main job       training_and_held_out, training_patches, few_against_many, figure_headline
@@ -20,7 +19,6 @@ import argparse
 import copy
 import csv
 import math
-import os
 import pickle
 import re
 import sys
@@ -29,7 +27,6 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,25 +68,26 @@ def print_progress(label: str, step: int, steps: int, loss: float, begun: float)
 
 # ---- 1  Rain: how is a rainy image made? ---------------------------------------------------------
 # By linear superimposition, O = clip(B + R, 0, 1): a background B and a rain layer R, the same in
-# all channels.  The field makes R by filtering random seeds with a blurred line, so that each seed
-# becomes a streak.  A network can overfit to the ranges that a streak's factors are drawn from.
+# all channels.  R is random seeds, filtered with a blurred line, so that each becomes a streak.
+# A network can overfit to the ranges that a streak's factors are drawn from.
 
 @dataclass(frozen=True)
 class RainRange:
     """The factors of rain, intervals (low, high) that every image draws from (paper, Fig. 2)."""
-    quantity: tuple[float, float]  # streak seeds per 10,000 pixels
+    quantity: tuple[float, float]  # streak seeds per 10,000 pixels; below 0: none
     width: tuple[float, float]  # of a streak at half its brightness, in pixels
     length: tuple[float, float]  # the same
     direction: tuple[float, float]  # degrees from vertical; positive leans like "/"
     either_side: bool = False  # mirror the direction of half of the images
 
-# small lies within medium, and medium within large, in every factor.  `unseen` lies outside large
-# in direction and length.  Its streaks are longer, and fewer, so that about as many pixels are wet.
+# small lies within medium, and that within large, in every factor; `unseen` lies outside large in
+# direction and length.  `diverse`, for people's photographs, has all directions, or is no rain.
 RAIN = {
     "small": RainRange(quantity=(60, 80), width=(1.5, 2.0), length=(12, 16), direction=(-5, 5)),
     "medium": RainRange(quantity=(40, 120), width=(1.3, 2.5), length=(9, 20), direction=(-20, 20)),
     "large": RainRange(quantity=(20, 160), width=(1.0, 3.0), length=(6, 24), direction=(-45, 45)),
     "unseen": RainRange((25, 50), (1.3, 2.5), (28, 36), direction=(55, 75), either_side=True),
+    "diverse": RainRange(quantity=(-50, 150), width=(1, 6), length=(4, 24), direction=(-90, 90)),
 }
 STREAK_PEAK = (0.3, 0.8)  # every streak draws its peak brightness from this interval
 
@@ -140,7 +138,8 @@ def rain_layers(n: int, size: int | tuple[int, int], rain_range: RainRange,
     canvas = [math.ceil((side + margin) / 16) * 16 for side in (height, width)]
     noise = torch.from_numpy(rng.random((n, *canvas), dtype=np.float32))
     # The Fourier transform filters each layer with its own kernel, fastest if sides divide by 16.
-    spectrum = torch.fft.rfft2(streak_seeds(noise, factors[0])) * torch.fft.rfft2(kernel, s=canvas)
+    seeds = streak_seeds(noise, factors[0].clamp(min=0))
+    spectrum = torch.fft.rfft2(seeds) * torch.fft.rfft2(kernel, s=canvas)
     rain = torch.fft.irfft2(spectrum, s=canvas)[:, None, margin:, margin:]
     return rain[..., :height, :width].clamp(0, 1)
 
@@ -155,8 +154,7 @@ def rain_degradation(rain_range: RainRange) -> Callable[[Tensor, np.random.Gener
     return degrade
 
 # ---- 2  Backgrounds: what stands behind the rain, and how complex is it? -------------------------
-# The paper trains on faces, natural images, manga and city scenes.  load_images reads photographs.
-# Without any, two painters stand in: faces, and dead leaves, the standard model of natural images.
+# Without photographs, two painters stand in: faces, and dead leaves, a model of natural images.
 
 def inside(distance: np.ndarray, softness: float) -> np.ndarray:
     """Coverage in [0, 1] of a shape: 1 where the signed distance to its outline is negative."""
@@ -205,8 +203,7 @@ def draw_face(size: int, rng: np.random.Generator) -> np.ndarray:
     return image
 
 def draw_dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Dead leaves (3, size, size): discs with radii of density r^-3 that hide one another.
-    They have the statistics of natural images (Lee, Mumford & Huang 2001)."""
+    """Dead leaves (3, size, size): discs, radii of density r^-3 (Lee, Mumford & Huang 2001)."""
     image = np.zeros((3, size, size), dtype=np.float32)
     scene = rng.uniform(0.2, 0.7) + rng.normal(0, 0.08, 3)
     smallest = 2.5 * 4 ** rng.random()
@@ -253,9 +250,8 @@ def image_files(folder: str | Path) -> list[Path]:
     return files
 
 def load_images(path: str | Path, smallest: int = 1) -> list[Tensor]:
-    """Load an image file, or those in a folder: a list of (3, h, w) in [0, 1] of different sizes.
-    A file that is broken, or below `smallest` pixels a side, is skipped, and named.  To bound the
-    memory to 0.5 GB, collections are thinned out to 600 images, and cut to their central parts."""
+    """Load an image file, or those in a folder: (3, h, w) each.  What is broken, or smaller than
+    `smallest` a side, is skipped, and named.  Collections are thinned out and cropped to 0.5 GB."""
     files = [Path(path)] if Path(path).is_file() else image_files(path)
     files = files[::math.ceil(len(files) / 600)]
     most = int((40e6 / len(files)) ** 0.5)  # pixels a side
@@ -288,9 +284,8 @@ def sharpness(patches: Tensor) -> Tensor:
     return torch.hypot(down, right).mean((1, 2))
 
 # ---- 3  Networks: does the architecture matter? --------------------------------------------------
-# Each maps degraded images (n, 3, h, w) of any size to restored ones.  The paper finds the same
-# failure in all.  An output pixel depends on 21x21 input pixels in the ResNet, 26x26 in SwinIR,
-# 44x44 in the U-Net; SwinIR predicts a correction to its input, the others the image.
+# Each maps degraded images (n, 3, h, w) of any size to restored ones.  An output pixel depends on
+# 21x21 input pixels in the ResNet, 44x44 in the U-Net, 26x26 in SwinIR, which predicts a change.
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)  # keeps the size of the image
 
@@ -344,9 +339,6 @@ class UNet(nn.Module):
             features = level(torch.cat([details.pop(), grow(features)], 1))
         return self.tail(features)[..., :degraded.shape[2], :degraded.shape[3]]
 
-# SwinIR replaces convolutions by self-attention within 8x8 windows; every second block shifts them
-# by half, so that information crosses their borders.
-
 def to_windows(image: Tensor, window: int) -> Tensor:
     """Cut (n, h, w, c) into windows (n * windows, window ** 2, c), both in rows of the image."""
     n, h, w, c = image.shape
@@ -374,8 +366,7 @@ class WindowAttention(nn.Module):
     """Multi-head self-attention within windows, with a learned bias for each offset of two pixels.
     windows (b, n, c), n = window ** 2; mask (windows of an image, n, n), to be added, or None.
     `qkv` makes queries, then keys, then values, each with its heads side by side; scores are
-    divided by the root of a head's channels; offset[i, j] is the table's row for query i, key j.
-    """
+    divided by the root of a head's channels; offset[i, j]: the table's row for query i, key j."""
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
         self.heads = heads
@@ -402,8 +393,7 @@ class WindowAttention(nn.Module):
 class SwinBlock(nn.Module):
     """Attention in windows, then a perceptron for each pixel; each adds to its input (n, h, w, c).
     Each starts with a normalization of its input; the perceptron has a GELU.  With shift > 0 (half
-    a window) the image is rolled up and to the left before it is cut into windows, and back after.
-    """
+    a window) the image is rolled up and to the left before it is cut into windows, then back."""
     def __init__(self, dim: int, heads: int, window: int, shift: int, hidden: int):
         super().__init__()
         self.window, self.shift = window, shift
@@ -423,8 +413,8 @@ class SwinBlock(nn.Module):
         return image + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(image))))
 
 class SwinIR(nn.Module):
-    """SwinIR (Liang et al. 2021) for denoising: groups of Swin blocks between convolutions.
-    Names and numerics are the published ones, so that a published checkpoint's "params" load."""
+    """SwinIR (Liang et al. 2021): groups of Swin blocks, every second one shifted, between
+    convolutions.  As published for denoising, so that a published checkpoint's "params" load."""
     def __init__(self, embed_dim: int = 16, depths: tuple[int, ...] = (2,),
                  num_heads: tuple[int, ...] = (2,), window_size: int = 8, mlp_ratio: float = 2.0):
         super().__init__()
@@ -467,7 +457,37 @@ class SwinIR(nn.Module):
         restored = image + self.conv_last(deep) + self.mean
         return restored[..., :degraded.shape[2], :degraded.shape[3]]
 
-NETWORKS: dict[str, type[nn.Module]] = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR}
+def line_openings(images: Tensor, reach: int = 4, directions: int = 12) -> Tensor:
+    """Openings of images (n, 3, h, w), the largest of the smallest along lines of 2 reach + 1
+    pixels that turn by 180 / directions degrees: (n, directions, 3, h, w).  Borders wrap around."""
+    opened = []
+    for angle in np.linspace(0, math.pi, directions, endpoint=False):
+        line = np.outer(np.arange(-reach, reach + 1), [math.cos(angle), math.sin(angle)])
+        shifts = line.round().astype(int).tolist()  # down, right
+        smallest = torch.stack([images.roll(shift, (2, 3)) for shift in shifts]).amin(0)
+        opened.append(torch.stack([smallest.roll(shift, (2, 3)) for shift in shifts]).amax(0))
+    return torch.stack(opened, 1)
+
+class LineOpenings(nn.Module):
+    """A weighted mean of an image and its line_openings: can draw neither rain nor image.  (Ours.)
+    A line across a streak removes it, and harms less than a square.  The weights, one each, depend
+    on how much in the image is thin and bright, as rain is, and thin and dark, along each line."""
+    def __init__(self, hidden: int = 32):
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(4, hidden), nn.SiLU(), nn.Linear(hidden, 2))
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        choices = torch.cat([degraded[:, None], line_openings(degraded)], 1)  # (n, 13, 3, h, w)
+        bright = (degraded[:, None] - choices[:, 1:]).mean((2, 3, 4))  # (n, 12)
+        dark = (-line_openings(-degraded) - degraded[:, None]).mean((2, 3, 4))
+        thin = torch.log(torch.stack([bright, dark], -1) + 1e-3)  # (n, 12, 2)
+        mean = thin.mean(1, keepdim=True)
+        seen = torch.cat([thin - mean, mean.expand_as(thin)], -1)  # (n, 12, 4)
+        line, keep = self.score(seen).unbind(-1)
+        weights = torch.cat([keep.mean(1, keepdim=True), line], 1).softmax(1)  # (n, 13)
+        return (weights[..., None, None, None] * choices).sum(1)
+
+NETWORKS = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR, "lines": LineOpenings}
 
 def build_network(make: type[nn.Module], seed: int = 0, **arguments) -> nn.Module:
     """make(**arguments), such as ResNet(channels=8), with weights drawn from `seed`."""
@@ -479,8 +499,7 @@ def build_network(make: type[nn.Module], seed: int = 0, **arguments) -> nn.Modul
 # ---- 4  Content prior: can a network be held to the manifold of clean images? --------------------
 # A VQGAN (Esser et al. 2021) is an autoencoder: its encoder turns an image into a grid of vectors,
 # each is replaced by the nearest of a fixed list, the codebook, and its decoder draws an image from
-# those.  Trained on clean images, it has codes for what they show, and none for rain.  Names and
-# numerics are the published ones, so that published checkpoints load.
+# those.  Trained on clean images, it has codes for what they show, and none for rain.
 
 group_norm = partial(nn.GroupNorm, 32, eps=1e-6)  # of a number of channels that divides by 32
 
@@ -500,8 +519,7 @@ class ResidualBlock(nn.Module):
 
 class PixelAttention(nn.Module):
     """Single-head self-attention among all pixels, added to its input (n, c, h, w).
-    q, k, v are of the normalized input; scores are divided by the root of c; proj_out comes last.
-    """
+    q, k, v are of the normalized input; scores are divided by the root of c; proj_out is last."""
     def __init__(self, channels: int):
         super().__init__()
         self.norm = group_norm(channels)
@@ -586,8 +604,7 @@ class Codebook(nn.Module):
         """Latent (n, d, h, w) to the quantized latent, the codes' indices (n, h, w), and a loss.
         The gradient of the quantized latent with respect to the latent is the identity.  The loss
         sums two mean squared errors, over all elements: one moves only the latents to their codes,
-        with weight 1, the other only the codes, with weight beta = 0.25.  (Van den Oord et al.,
-        Eq. 3; the published VQGAN's weights; its paper has them the other way round.)"""
+        with weight 1, the other only the codes, with weight beta = 0.25.  (Van den Oord, Eq. 3.)"""
         vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, d)
         codes = self.embedding.weight
         # |v - c|^2 = |v|^2 - 2 v c + |c|^2, and |v|^2 is the same for all codes.
@@ -598,7 +615,7 @@ class Codebook(nn.Module):
         return latent + (quantized - latent).detach(), indices, loss
 
 class VQGAN(nn.Module):
-    """The VQGAN of Esser et al. (2021), by default as published for ImageNet with 1024 codes.
+    """The VQGAN of Esser et al. (2021), with the published one's names, numerics and defaults.
     ch * ch_mult[i] channels at level i, which has half the resolution of the one before; attention
     where that is in attn_resolutions, for images of `resolution` pixels a side.  n_embed codes of
     embed_dim numbers.  groups: of every normalization.  Images are in [-1, 1] here."""
@@ -683,9 +700,8 @@ PRIOR = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, attn_resolutions=(),
              z_channels=64, n_embed=1024, embed_dim=16, groups=8)
 
 def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, label="") -> None:
-    """Train a VQGAN in place to reconstruct clean patches, cut from images (3, h, w) in [0, 1].
-    The loss is L1 and the codebook's (Esser et al. add two that sharpen textures).  A code that was
-    not chosen for 30 steps is replaced by a vector that the encoder has just made."""
+    """Train a VQGAN in place, with L1 and the codebook's loss, on patches of images (3, h, w).
+    A code that was not chosen for 30 steps is replaced by a vector that the encoder just made."""
     codes = vqgan.quantize.embedding.weight
     optimizer = torch.optim.Adam(vqgan.parameters(), betas=(0.5, 0.9), fused=True)
     idle = torch.zeros(len(codes), device=codes.device)  # steps since each code was chosen
@@ -759,10 +775,10 @@ RATE = 2e-3  # Adam's learning rate at the start
 def train(network: nn.Module, backgrounds: Tensor, degrade: Callable, steps: int, seed: int = 0,
           label: str = "") -> list[float]:
     """Train a network in place to undo `degrade`; returns the loss of every step.
-    backgrounds: clean patches (n, 3, h, w) in [0, 1].  A step: BATCH of them drawn with
-    replacement, each mirrored (left to right) with a chance of one half, degraded; the gradient of
-    L1, or of network.loss(degraded, clean) if there is one; Adam at the rate
-    RATE (or network.rate) (1 + cos(pi step / steps)) / 2, steps from 0."""
+    backgrounds: clean patches (n, 3, h, w) in [0, 1].  A step: BATCH drawn with replacement, each
+    mirrored (left to right) with a chance of one half, degraded; the gradient of L1, or of
+    network.loss(degraded, clean); Adam at the rate RATE, or network.rate, times
+    (1 + cos(pi step / steps)) / 2, with steps from 0."""
     device = next(network.parameters()).device
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], fused=True)
     peak_rate = getattr(network, "rate", RATE)
@@ -803,8 +819,7 @@ def load_checkpoint(path: str | Path) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 # ---- 6  Decoupled evaluation: was the rain removed, and was the background kept? -----------------
-# PSNR cannot tell a network that removes nothing from one that removes the rain and blurs the rest.
-# The clean image shows where it rained, so the questions can be asked apart (paper, Fig. 2).
+# The clean image shows where it rained, so the two can be asked apart (paper, Fig. 2).
 
 RAIN_THRESHOLD = 4 / 255  # fainter rain is invisible, and not counted as rain
 
@@ -828,10 +843,8 @@ def decoupled_evaluation(output: Tensor, rainy: Tensor, clean: Tensor) -> dict[s
     if not output.shape == rainy.shape == clean.shape:
         raise ValueError("output, rainy and clean differ in shape")
     wet = rain_mask(rainy, clean).expand_as(clean)
-
     def rms(difference: Tensor) -> float:
         return 255 * difference.double().square().mean().sqrt().item()
-
     large = min(clean.shape[-2:]) >= 11
     return {"E_R": rms((output - rainy)[wet]), "E_R_ideal": rms((clean - rainy)[wet]),
             "E_W": rms((output - clean)[wet]), "E_B": rms((output - clean)[~wet]),
@@ -849,14 +862,12 @@ def ssim(output: Tensor, clean: Tensor) -> float:
     """Structural similarity (Wang et al. 2004) of images (n, 3, h, w) in [0, 1]; mean over images.
     With means m, variances v, covariance c under an 11x11 Gaussian window of sigma 1.5 and sum 1,
     (2 m_x m_y + C1) (2 c + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2)), C1 = 0.01^2, C2 = 0.03^2,
-    of each channel, averaged over all places where the window lies within the image.  Raises
-    ValueError if the shapes differ or a side is below 11."""
+    of each channel, averaged where the window fits.  ValueError: shapes differ, or below 11x11."""
     if output.shape != clean.shape or min(clean.shape[-2:]) < 11:
         raise ValueError("SSIM needs two images of one shape, of 11x11 pixels or more")
     window = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
     window = window / window.sum()
     c1, c2 = 0.01 ** 2, 0.03 ** 2
-
     def blur(image: Tensor) -> Tensor:  # (1, h, w) to (1, h - 10, w - 10): columns, then rows
         return F.conv2d(F.conv2d(image, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
 
@@ -884,8 +895,7 @@ def predict(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(chunk.to(device)).clamp(0, 1).cpu() for chunk in chunks])
 
 def restore(network: nn.Module, image: Tensor, tile: int = 512, margin: int = 32) -> Tensor:
-    """Restore one image (3, h, w) in [0, 1] of any size, by tiles, to bound the memory.
-    A tile is restored with a margin around it, so that its borders, too, see what lies beyond."""
+    """Restore an image (3, h, w) of any size, by tiles with a margin each, to bound the memory."""
     output = torch.empty_like(image)
     for top in range(0, image.shape[1], tile):
         for left in range(0, image.shape[2], tile):
@@ -896,8 +906,6 @@ def restore(network: nn.Module, image: Tensor, tile: int = 512, margin: int = 32
     return output
 
 # ---- 7  Main job: do fewer backgrounds make a network remove rain that it never saw? -------------
-# A network is trained on few backgrounds, its twin on many.  Both are tested on images that neither
-# has seen, in unseen rain and in that of training, beside the rainy input and the opening.
 
 IMAGE, MANY = 256, 1024  # side of a drawn background in pixels, and number of backgrounds
 TEST_PATCHES, TEST_PATCH = 48, 128  # number and side
@@ -934,12 +942,9 @@ def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int = 
     numbers = {"few": few, "many": many}
     networks = {name: build_network(NETWORKS[net], seed).to(device) for name in numbers}
 
-    def fit(name: str) -> None:
+    for name, network in networks.items():
         patches = training_patches(training, numbers[name], seed)
-        train(networks[name], patches, rain_degradation(RAIN[rain]), steps, seed, label=name)
-
-    # Networks this small cannot keep two cores busy; two trainings, with a core each, can.
-    list(ThreadPoolExecutor(2, "", torch.set_num_threads, (1,)).map(fit, networks))
+        train(network, patches, rain_degradation(RAIN[rain]), steps, seed, label=name)
     clean = sample_patches(held_out, TEST_PATCHES, TEST_PATCH, stream(seed, "test patches"))
     rows, pictures = [], {}
     for kind in ("unseen", rain):
@@ -952,14 +957,6 @@ def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int = 
             rows.append({"rain": kind, "output": name, "n": numbers.get(name, 0), **measured})
         pictures[kind] = {**outputs, "clean": clean}
     return rows, pictures
-
-def summary(rows: list[dict]) -> str:
-    """One sentence that follows from the rows of few_against_many."""
-    few, many = rows[2:4]
-    pick = max(rows[6:], key=lambda row: row["psnr"])
-    return (f"Error where unseen rain fell, E_W: {few['E_W']:.1f} with {few['n']} backgrounds, "
-            f"{many['E_W']:.1f} with {many['n']}, {rows[1]['E_W']:.1f} by the untrained opening; "
-            f"a benchmark in the rain of training would pick the {pick['n']} backgrounds.")
 
 def print_table(rows: list[dict]) -> None:
     """Print rows, numbers with two digits behind the point."""
@@ -1009,12 +1006,11 @@ def command_main(args: argparse.Namespace) -> None:
     rows, pictures = few_against_many(*images, args.few, args.many, args.net, args.rain, args.steps,
                                       args.seed, args.device)
     print_table(rows)
-    print(summary(rows))
     save_figure(figure_headline(rows, pictures), rows, args.out / "headline.png")
 
 def command_rain(args: argparse.Namespace) -> None:
-    degrade = rain_degradation(RAIN[args.range])
-    rainy = degrade(open_image(args.photo)[None], stream(args.seed, "rain command"))
+    clean = open_image(args.photo)[None]
+    rainy = rain_degradation(RAIN[args.range])(clean, stream(args.seed, "rain command"))
     save_image(rainy[0], args.output)
 
 def command_train(args: argparse.Namespace) -> None:
@@ -1037,10 +1033,8 @@ def command_vqgan(args: argparse.Namespace) -> None:
 
 def command_restore(args: argparse.Namespace) -> int:
     network = load_checkpoint(args.model).to(args.device)
-
     def work(photo: Path) -> None:
         save_image(restore(network, open_image(photo)), args.output / f"{photo.stem}-restored.png")
-
     return 1 if len(each(args.photos, work)) < len(args.photos) else 0
 
 def number_in(file: Path) -> int | str:
@@ -1123,10 +1117,10 @@ def make_parser() -> Parser:
     for verb in (rain, train, vqgan, restore):
         verb.add_argument("-o", "--output", type=Path, required=True, help="where the result goes")
     for verb in (parser, train):
-        verb.add_argument("--net", choices=("resnet", "unet", "swinir"),
-                          default="swinir" if verb is train else "resnet", help="architecture")
-        verb.add_argument("--rain", choices=("small", "medium", "large"), help="rain of training",
-                          default="large" if verb is train else "small")
+        verb.add_argument("--net", choices=("resnet", "unet", "swinir", "lines"),
+                          default="lines" if verb is train else "resnet", help="architecture")
+        verb.add_argument("--rain", choices=("small", "medium", "large", "diverse"),
+                          default="diverse" if verb is train else "small", help="rain of training")
     for verb in (parser, train, vqgan):
         verb.add_argument("--backgrounds", metavar="PATH", help="photographs, not drawn images")
         verb.add_argument("--category", choices=BACKGROUNDS, default="faces", help="what to draw")
@@ -1150,7 +1144,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(*f"derain.py: {problem}".split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        os._exit(130)  # at once: the threads of the main job would train on
+        return 130
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -226,8 +226,11 @@ def advised(run: Run) -> dict[str, Run]:
     for net in ("resnet", "unet", "swinir"):
         settings[f"{net}, wide range"] = replace(large, net=net)
         settings[f"{net}, wide range and few"] = replace(large, net=net, n=64)
-    return settings | {"prior, usual": replace(run, net="prior"),
-                       "prior, wide range": replace(large, net="prior")}
+    settings["lines, diverse"] = replace(run, net="lines", trained_on="diverse", n=64)
+    if run.images == "faces":  # 18 photographs do not make a prior
+        settings["prior, usual"] = replace(run, net="prior")
+        settings["prior, wide range"] = replace(large, net="prior")
+    return settings
 
 def balance_map(run: Run) -> list[Run]:
     """The map of `balance`: number of backgrounds x range of training rain."""
@@ -391,8 +394,9 @@ def figure_balance(claim: Claim, table: dict, seeds: int) -> Figure:
     return figure
 
 COLOURS = {"usual": "0.6", "few": "#e69f00", "few and simple": "#f0e442", "wide range": "#56b4e9",
-           "wide range and few": "#0072b2", "wide range, few and simple": "#009e73"}
-MARKERS = {"resnet": "o", "unet": "s", "swinir": "D", "prior": "^"}
+           "wide range and few": "#0072b2", "wide range, few and simple": "#009e73",
+           "diverse": "#cc79a7"}
+MARKERS = {"resnet": "o", "unet": "s", "swinir": "D", "prior": "^", "lines": "P"}
 
 def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
     """E_W against E_B of each training, and of the opening; lines of about equal PSNR."""
@@ -426,7 +430,8 @@ def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
                  xlabel="E_B, error where dry", ylabel="E_W, error where wet")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
     figure.suptitle("Lower left is better.  Usual: 1,024 backgrounds in `small` rain; wide range:"
-                    " `large` rain; few: 8, in wide range 64; simple: the 64 least sharp of 192",
+                    " `large` rain; diverse: `diverse` rain on 64; few: 8, in wide range 64;"
+                    " simple: the 64 least sharp of 192",
                     fontsize=10, wrap=True)
     return figure
 

@@ -3,7 +3,6 @@
 Times are medians, on one core but for the main job.  Nothing else should run meanwhile.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -76,20 +75,7 @@ def bench_main() -> None:
         show("main job, once", time.perf_counter() - begun, "s")
         show("main job, peak memory", usage.ru_maxrss / 2 ** 20, "GiB")  # ru_maxrss is in KiB
 
-PARTS = {"rain": bench_rain, "training": bench_training, "restore": bench_restore,
-         "main": bench_main}
-
-def main() -> None:
-    """Run some parts, or all."""
-    parser = derain.Parser(prog="benchmark.py", description=__doc__.splitlines()[0],
-                           epilog="example: python tests/benchmark.py --only rain training",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, nargs="+", metavar="PART", default=[*PARTS],
-                        help=f"some of {', '.join(PARTS)}")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in args.only:
-        PARTS[name]()
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    for bench in (bench_rain, bench_training, bench_restore, bench_main):
+        bench()

@@ -137,7 +137,7 @@ def test_a_swin_block_needs_nothing_else(monkeypatch):
     torch.testing.assert_close(block(image), middle + block.mlp["fc2"](hidden))
 
 
-@pytest.mark.parametrize("name", ("resnet", "unet", "swinir"))
+@pytest.mark.parametrize("name", ("resnet", "unet", "swinir", "lines"))
 def test_networks_take_images_of_any_size_and_keep_their_seed(name):
     network = derain.build_network(derain.NETWORKS[name], 3)
     for h, w in ((1, 1), (3, 50), (17, 8), (40, 40)):
@@ -151,6 +151,22 @@ def test_networks_take_images_of_any_size_and_keep_their_seed(name):
     assert torch.equal(weights[0], next(network.parameters()))
     assert not torch.equal(weights[0], weights[1])
     assert torch.equal(before, torch.get_rng_state())  # no trace in the global random state
+
+
+def test_openings_along_lines_remove_what_they_cross_and_never_draw():
+    image = torch.full((1, 3, 32, 32), 0.2)
+    image[..., 14:17, :] = 0.9  # a bright beam, three rows thick
+    opened = derain.line_openings(image)[0]  # along lines: 0 is vertical, 6 horizontal
+    assert torch.equal(opened[6], image[0]) and opened[0].max() == image.min()
+    noise = torch.rand(2, 3, 20, 23)
+    opened, network = derain.line_openings(noise), derain.build_network(derain.LineOpenings)
+    for i in range(12):
+        assert (opened[:, i] < noise).any()
+        assert torch.equal(derain.line_openings(opened[:, i])[:, i], opened[:, i])  # idempotent
+    lowest = opened.amin(1) - 1e-6
+    assert (network(noise) <= noise + 1e-6).all() and (network(noise) >= lowest).all()
+    network.score[2].bias.data[:] = torch.tensor([-99.0, 99.0])  # keep the image as it is
+    torch.testing.assert_close(network(noise), noise)
 
 
 @pytest.mark.training
