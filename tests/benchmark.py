@@ -37,14 +37,12 @@ def make(net: str) -> torch.nn.Module:
     return derain.build_network(derain.NETWORKS[net], **arguments)
 
 def bench_rain() -> None:
-    """A batch for training, and for testing."""
+    """Batches for training."""
     rng = np.random.default_rng(0)
-    for size in (derain.PATCH, derain.TEST_PATCH):
-        def work() -> None:
-            for _ in range(10):
-                derain.rain_layers(derain.BATCH, size, derain.RAIN["large"], rng)
-        rate = 10 * derain.BATCH / seconds(work)
-        show(f"large rain, {size}x{size} pixels", rate, "layers/s")
+    def work() -> None:
+        for _ in range(10):
+            derain.rain_layers(derain.BATCH, derain.PATCH, derain.RAIN["large"], rng)
+    show("large rain on training patches", 10 * derain.BATCH / seconds(work), "layers/s")
 
 def bench_training() -> None:
     """Steps of the training loop, with the rain."""

@@ -134,3 +134,5 @@ def test_a_degradation_rains_afresh():
     rain = derain.rain_layers(2, (30, 20), derain.RAIN["large"], np.random.default_rng(0))
     assert torch.equal(rainy, derain.add_rain(clean, rain))
     assert not torch.equal(rainy, degrade(clean, np.random.default_rng(1)))
+    dry = derain.RainRange(quantity=(-9, -1), width=(1, 2), length=(4, 8), direction=(0, 0))
+    assert torch.equal(derain.rain_degradation(dry)(clean, np.random.default_rng(0)), clean)
