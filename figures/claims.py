@@ -335,7 +335,7 @@ def claim_lines(claim: Claim, table: dict, seeds: int) -> list[str]:
             words = ["**mean of the panels**", tested_on, "", *map(cell, means)]
             lines.append(f"| {' | '.join(words)} |")
     sentences = ["**{}**: by E_R {}, by E_W {}, by PSNR {}.".format(*words) for words in verdicts]
-    return [*sentences, "", *lines]
+    return [*sentences, "", *lines] if sentences else lines
 
 # ---- 5  What does it look like? ------------------------------------------------------------------
 
