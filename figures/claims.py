@@ -400,7 +400,7 @@ def figure_balance(claim: Claim, table: dict, seeds: int) -> Figure:
 
 COLOURS = {"usual": "0.6", "few": "#e69f00", "few and simple": "#f0e442", "wide range": "#56b4e9",
            "wide range and few": "#0072b2", "wide range, few and simple": "#009e73",
-           "diverse": "#cc79a7"}
+           "diverse": "#d55e00"}
 MARKERS = {"resnet": "o", "unet": "s", "swinir": "D", "prior": "^", "lines": "P"}
 
 def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
@@ -418,7 +418,7 @@ def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
             net, setting = label.split(": ")[1].split(", ", 1)
             points[setting, net] = means(run)[:2]
             axes.plot(*points[setting, net], MARKERS[net], color=COLOURS[setting], mec="black",
-                      ms=9, label=f"{net}, {setting}")
+                      ms=13 if net == "lines" else 9, zorder=3, label=f"{net}, {setting}")
         steps = ("usual", "few and simple", "wide range, few and simple")
         path = np.array([points[setting, "resnet"] for setting in steps])  # (3, 2)
         axes.plot(path[:, 0], path[:, 1], "k--", lw=1, zorder=1,
