@@ -28,7 +28,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -464,8 +464,8 @@ def line_openings(images: Tensor, reach: int = 4, directions: int = 12) -> Tenso
     for angle in np.linspace(0, math.pi, directions, endpoint=False):
         line = np.outer(np.arange(-reach, reach + 1), [math.cos(angle), math.sin(angle)])
         shifts = line.round().astype(int).tolist()  # down, right
-        smallest = torch.stack([images.roll(shift, (2, 3)) for shift in shifts]).amin(0)
-        opened.append(torch.stack([smallest.roll(shift, (2, 3)) for shift in shifts]).amax(0))
+        smallest = reduce(torch.minimum, (images.roll(shift, (2, 3)) for shift in shifts))
+        opened.append(reduce(torch.maximum, (smallest.roll(shift, (2, 3)) for shift in shifts)))
     return torch.stack(opened, 1)
 
 class LineOpenings(nn.Module):
