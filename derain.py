@@ -604,7 +604,7 @@ class Codebook(nn.Module):
         """Latent (n, d, h, w) to the quantized latent, the codes' indices (n, h, w), and a loss.
         The gradient of the quantized latent with respect to the latent is the identity.  The loss
         sums two mean squared errors, over all elements: one moves only the latents to their codes,
-        with weight 1, the other only the codes, with weight beta = 0.25.  (Van den Oord, Eq. 3.)"""
+        with weight 1, the other only the codes, with beta = 0.25, as in VQGAN's published code."""
         vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, d)
         codes = self.embedding.weight
         # |v - c|^2 = |v|^2 - 2 v c + |c|^2, and |v|^2 is the same for all codes.
