@@ -1,110 +1,172 @@
-"""toy_denoise.py: signals, training, the two measures and the verdict, against plain loops."""
+"""toy_denoise.py against plain loops, numpy's least squares and closed forms."""
+
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 import toy_denoise as toy
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
+def run(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["toy_denoise.py", *options])
+    toy.main()
 
 
-def test_tones_are_the_sum_that_a_plain_loop_adds_up_and_clicks_hit_four_samples():
-    drawn = torch.randn(3, 16, generator=generator(5))
-    for row, found in zip(drawn, toy.tones(3, 21, 4, generator(5))):
-        expected = torch.zeros(toy.N)
-        for i in range(4):
-            angle = 2 * math.pi * (21 + i) * torch.arange(toy.N) / toy.N
-            expected += row[2 * i] * angle.cos() + row[2 * i + 1] * angle.sin()
-        expected /= expected.square().mean().sqrt()
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    clicks = toy.clicks(2000, generator(0))
-    assert ((clicks != 0).sum(1) == 4).all() and (clicks < 0).any(0).all()
-    torch.testing.assert_close(clicks.square().mean(1), torch.ones(2000))
+def test_lists_differ_in_nothing_but_their_length():
+    lists = toy.draw_lists(3, 5, seed=1)
+    assert [len(shapes) for shapes in lists] == [3, 5, 64, 3]
+    assert torch.equal(lists[1], toy.draw_lists(64, 64, seed=1)[1][:5])
+
+    shapes = torch.cat(lists)
+    assert len(shapes.unique(dim=0)) == 75  # no shape is in two lists
+    assert_close(shapes.sum(1), torch.zeros(75))
+    assert_close(shapes.norm(dim=1), torch.ones(75))
 
 
-def test_training_takes_the_steps_of_a_network_written_out_by_hand():
-    draws, weights = generator(3), []
-    for a, b in ((toy.N, 128), (128, 128), (128, toy.N)):
-        weights += [torch.randn(a, b, generator=draws).T * math.sqrt(2 / a), torch.zeros(b)]
-    adam, draws = torch.optim.Adam([w.requires_grad_() for w in weights]), generator(1_000_003)
-    for step in range(6):
-        clean = toy.tones(32, 1, 2, draws)
-        x = clean + toy.tones(32, 11, 4, draws)
-        for weight, bias in zip(weights[:4:2], weights[1:4:2]):
-            x = (x @ weight.T + bias).clamp(min=0)
-        loss = (x @ weights[4].T + weights[5] - clean).square().mean()
-        adam.param_groups[0]["lr"] = 5e-3 * (1 + math.cos(math.pi * step / 6)) / 2
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    model, found = toy.train(2, 4, 3, 6)
-    assert found == pytest.approx(loss.item(), rel=1e-3)
-    torch.testing.assert_close(list(model.parameters()), weights, atol=1e-4, rtol=0)
+def test_a_sum_is_what_a_plain_loop_adds_up():
+    shapes = toy.draw_lists(4, 1, seed=0)[0]
+    torch.manual_seed(5)
+    found = toy.draw_sums(200, toy.place_everywhere(shapes))
+
+    torch.manual_seed(5)
+    chosen, heights = torch.randint(4 * 56, (200, 3)), torch.randn(200, 3)
+    for i in range(200):
+        expected = torch.zeros(64)
+        for atom, height in zip(chosen[i], heights[i]):
+            place = atom % 56
+            expected[place : place + 9] += height * shapes[atom // 56]
+        assert_close(found[i], expected / expected.square().mean().sqrt())
 
 
-def test_noise_left_and_damage_against_a_loop_and_closed_forms():
-    clean, noise = toy.tones(9, 1, 2, generator(0)), toy.tones(9, 11, 2, generator(1))
-    for gain in (1, 0, 0.3):  # all passed on, a blank output, and between
-        found = toy.decoupled_evaluation(lambda x: gain * x, clean, noise)
-        assert found.tolist() == pytest.approx([100 * gain, 100 - 100 * gain], abs=1e-3)
-    left = damage = error = 0.0
-    for c, v in zip(clean.flatten().tolist(), noise.flatten().tolist()):
-        plus, minus = math.tanh(c + v), math.tanh(c - v)
-        left += ((plus - minus) / 2) ** 2 / (9 * toy.N)
-        damage += ((plus + minus) / 2 - c) ** 2 / (9 * toy.N)
-        error += ((plus - c) ** 2 + (minus - c) ** 2) / (2 * 9 * toy.N)
-    found = toy.decoupled_evaluation(torch.tanh, clean, noise).tolist()
-    assert found == pytest.approx([100 * math.sqrt(left), 100 * math.sqrt(damage)], rel=1e-4)
-    assert found[0] ** 2 + found[1] ** 2 == pytest.approx(1e4 * error, rel=1e-4)
+def test_the_first_step_of_adam_moves_each_weight_down_its_slope_by_the_learning_rate():
+    functions, noises, _, _ = map(toy.place_everywhere, toy.draw_lists(2, 3, seed=0))
+    network = toy.build_network()
+    torch.manual_seed(3)
+    clean, noise = toy.draw_sums(32, functions), toy.draw_sums(32, noises)
+    loss = (network(clean + noise) - clean).square().mean()
+    loss.backward()
+    expected = [weight - 5e-3 * weight.grad.sign() for weight in network.parameters()]
+
+    torch.manual_seed(3)
+    assert toy.train(network, functions, noises, 1) == pytest.approx(loss.item())
+    assert_close(list(network.parameters()), expected, atol=1e-5, rtol=0)
 
 
-def test_a_network_that_passes_all_on_with_and_without_the_prior():
-    measures, (noisy, clean, output) = toy.evaluate(torch.nn.Identity(), 4, 2, seed=0)
-    assert torch.equal(noisy, output)
-    inside = torch.fft.rfft(torch.stack([clean, noisy - clean])).abs() > 1e-3
-    assert inside[0].nonzero().flatten().tolist() == list(range(1, 5))
-    assert inside[1].nonzero().flatten().tolist() == list(range(21, 29))
-    through = 100 * math.sqrt(2 * 4 / toy.N)  # of the clicks: the prior passes 8 of 64 dimensions
-    for noise, held in {"trained": 0, "unseen band": 0, "unseen clicks": through}.items():
-        assert measures[noise, "network"].tolist() == pytest.approx([100, 0], abs=0.01)
-        for restorer in ("prior alone", "network + prior"):
-            assert measures[noise, restorer].tolist() == pytest.approx([held, 0], rel=0.1, abs=0.01)
+def test_measures_of_outputs_that_are_known():
+    clean, noise = torch.eye(2)  # they do not overlap
+    for gain in (1, 0, 0.3):  # the noisy signal, zeros, between
+        expected = torch.tensor([gain, 1 - gain, math.hypot(gain, 1 - gain)])
+        assert_close(toy.measure(gain * (clean + noise), clean, noise), 100 * expected)
+    assert_close(toy.measure(clean, clean, noise), torch.zeros(3))
 
 
-def test_swap_effect_and_verdicts_by_hand():
-    table = torch.tensor([[9.0, 1, 2], [5, 9, 3], [6, 7, 0]])  # rows K, columns J
-    assert toy.swap_effect(torch.stack([table, table.T], -1)).tolist() == [4, -4]
-    effects = torch.tensor([-2.0, -1, 0, 1, 2])  # half an interval: 2.776 sqrt(2.5 / 5) = 1.963
-    for mean, word in ((2, "reproduced"), (1.9, "undecided"), (-1.9, "undecided"), (-2, "refuted")):
-        assert toy.verdict(effects + mean).endswith(word)
-    assert "+3.0 points (95 %: +1.0 to +5.0), 5 of 5 seeds" in toy.verdict(effects + 3)
-    assert toy.verdict(effects[:4] + 9).endswith("too few seeds")
+def test_measures_are_the_regression_of_numpy():
+    clean, noise, change = np.random.default_rng(0).normal(size=(3, 50))
+    slope, rest, *_ = np.linalg.lstsq(noise[:, None], change)
+    sizes = np.sqrt([rest[0], change @ change] / (noise @ noise))
+
+    found = toy.measure(*map(torch.tensor, (clean + change, clean, noise)))
+    np.testing.assert_allclose(found, 100 * np.array([*slope, *sizes]))
+
+
+def test_matching_pursuit_is_the_example_of_its_section_and_a_search_of_all_atoms():
+    example = toy.matching_pursuit(torch.tensor([[4.0, 3]]), torch.tensor([[1, 0], [0.6, 0.8]]))
+    assert_close(example, torch.tensor([[3.5968, 3.3024]]))
+
+    atoms = toy.place_everywhere(toy.draw_lists(5, 1, seed=0)[0])
+    signals = torch.randn(4, 64)
+    for signal, found in zip(signals, toy.matching_pursuit(signals, atoms)):
+        remains = signal
+        for _ in range(3):
+            trials = [remains - atom * (atom @ remains) for atom in atoms]
+            remains = min(trials, key=torch.norm)
+        assert_close(found, signal - remains)
+
+
+def test_an_experiment_tests_the_right_noise_and_the_right_prior(monkeypatch):
+    tests = []
+    monkeypatch.setattr(toy, "train", lambda *_: 0)
+    monkeypatch.setattr(toy, "build_network", torch.nn.Identity)  # all noise is left
+    monkeypatch.setattr(toy, "measure", lambda *signals: tests.append(signals))
+    results, (lists, *_), _ = toy.experiment(1, 1, 4, 1)
+
+    def made_of(shapes, signals):
+        """Tell by least squares whether all signals are sums of these shapes."""
+        atoms = toy.place_everywhere(shapes)
+        return np.linalg.lstsq(atoms.T.numpy(), signals.T.numpy())[1].max() < 1e-3
+
+    functions, training, _, wrong = lists
+    for (noise_name, restorer, *_), (signals, clean, noise) in zip(results, tests, strict=True):
+        assert made_of(functions, clean)
+        assert made_of(training, noise) == (noise_name == "training")
+        assert made_of(functions, signals) == (restorer == "network + prior")
+        assert made_of(wrong, signals) == (restorer == "network + wrong prior")
+
+
+def test_averages_and_swaps_by_hand():
+    noise_left = {(8, 1): 9, (64, 1): 20, (64, 8): 5, (1, 8): 6, (1, 64): 2, (8, 64): 4}
+    results = {}
+    for cell, left in noise_left.items():
+        results["unseen", "network", *cell, 0] = torch.tensor([left, 1.0 + left])
+        results["unseen", "network", *cell, 1] = torch.tensor([-left, 3.0])
+
+    assert toy.swap_effect(results, 1) == pytest.approx(-(3 + 18 + 1) / 3)
+    assert toy.average(results, "unseen", "network", 8, 1).tolist() == [0, 6.5]
+
+
+@pytest.mark.parametrize("seeds", (2, 3, 4, 5))
+def test_the_interval_holds_95_per_cent_of_the_t_distribution(seeds):
+    quantile = toy.STUDENT_T[seeds - 2]
+    angles = np.linspace(0, math.pi / 2, 100_001)  # with t = sqrt(n) tan(angle), n = seeds - 1
+    density = np.cos(angles) ** (seeds - 2)  # t's density becomes this one, all of it is seen
+    inside = angles < math.atan(quantile / math.sqrt(seeds - 1))
+    assert density[inside].sum() / density.sum() == pytest.approx(0.95, abs=1e-4)
+
+    effects = np.arange(seeds) - (seeds - 1) / 2  # mean 0
+    half = quantile * np.std(effects, ddof=1) / math.sqrt(seeds)
+    verdicts = {1.01: "reproduced", 0.99: "undecided", -0.99: "undecided", -1.01: "opposite"}
+    for side, verdict in verdicts.items():
+        text = toy.judge(effects + side * half)
+        assert verdict in text and f"{(side - 1) * half:+.1f} to {(side + 1) * half:+.1f}" in text
 
 
 def test_same_seed_same_bytes_and_the_table_is_what_was_measured(tmp_path, monkeypatch, capsys):
-    for name in ("one", "two"):
-        options = ["--seeds=1", "--steps=3", f"--out={tmp_path / name}"]
-        monkeypatch.setattr(sys, "argv", ["toy", *options])
-        toy.main()
-        assert f"wrote {tmp_path / name}/toy.csv" in capsys.readouterr().out
-    table = (tmp_path / "one/toy.csv").read_text()
-    assert table == (tmp_path / "two/toy.csv").read_text()
-    header = "noise,restorer,function_tones,noise_tones,seed,noise_left,damage"
-    assert table.startswith(header + "\n") and table.count("\n") == 1 + 9 * 16
-    measures, _ = toy.evaluate(toy.train(8, 2, 0, 3)[0], 8, 2, 0)
-    for (noise, restorer), (left, damage) in measures.items():
-        assert f"\n{noise},{restorer},8,2,0,{left:.3f},{damage:.3f}\n" in table
+    files = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        run(monkeypatch, "--seeds=1", "--steps=3", f"--out={folder}")
+        files.append([(folder / "toy.png").read_bytes(), (folder / "toy.csv").read_bytes()])
+        printed = capsys.readouterr().out
+        assert f"wrote {folder}/toy.png\nnetwork 3 of 9" in printed  # the first look
+        assert "one seed tells no interval" in printed
+    assert files[0] == files[1]
+
+    header, *rows = files[0][1].decode().splitlines()
+    assert header == "noise,restorer,K,J,seed,noise_left,damage,error"
+    assert len(rows) == 2 * 3 * 9
+    for key, measures in toy.experiment(8, 1, 0, 3)[0].items():
+        assert ",".join([*map(str, key), *(f"{value:.3f}" for value in measures)]) in rows
 
 
-@pytest.mark.parametrize("wrong", ["--seeds=0", "--seeds=11", "--steps=0", "--out=/dev/null", "-x"])
-def test_bad_options_are_one_line_and_status_2(wrong, monkeypatch, capsys):
-    monkeypatch.setattr(toy, "train", lambda *_: pytest.fail("started to train"))
-    monkeypatch.setattr(sys, "argv", ["toy_denoise.py", wrong])
-    with pytest.raises(SystemExit) as stop:
-        toy.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and wrong.split("=")[0] in error
+def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "toy.csv").write_text("old")
+    monkeypatch.setattr(toy.os, "replace", lambda *_: open(tmp_path))  # a folder: OSError
+    with pytest.raises(OSError):
+        toy.save(tmp_path, "toy.csv", b"new")
+    assert (tmp_path / "toy.csv").read_text() == "old"
+
+
+@pytest.mark.parametrize("option", ("--seeds=0", "--steps=0", "--steps=x", "--out=/dev/null", "-x"))
+def test_bad_options_and_ctrl_c_are_one_line(option, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy, "experiment", interrupt)
+    for options, status, words in (([option], 2, option.split("=")[0]), ([], 130, "stopped")):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *options)
+        error = capsys.readouterr().err
+        assert stop.value.code == status and words in error and error.count("\n") == 1
