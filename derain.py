@@ -1,1150 +1,1946 @@
 """Why do image-restoration networks fail on degradations that they have not seen?
 
-Two copies of a network learn to remove rain, one on 8 backgrounds, one on 1,024, and meet rain that
-neither has seen: the central experiment of Hu et al. (arXiv 2502.12600), in a minute.
+Hu et al. (arXiv 2502.12600) answer: not because the networks are too small, but because they learn
+the degradation instead of the image.  A network can tell rain from image in two ways.  It can know
+how the rain looks, or it can know how images without rain look.  Both ways work in the rain that it
+was trained in; only the second works in other rain.  It learns whichever of the two is simpler.
 
-1 rain           RainRange, streak_kernel, streak_seeds, rain_layers, add_rain, rain_degradation
-2 backgrounds    draw_face, draw_dead_leaves, open_image, load_images, sample_patches, sharpness
-3 networks       ResNet, UNet, WindowAttention, SwinIR, line_openings, LineOpenings
-4 content prior  Encoder, Decoder, Codebook, VQGAN, load_vqgan, pretrain, VQGANPrior
-5 training       train, save_checkpoint, load_checkpoint
-6 evaluation     rain_mask, decoupled_evaluation, psnr, ssim, opening, predict, restore
-7 main job       training_and_held_out, training_patches, few_against_many, figure_headline
-8 command line   make_parser, main
+This file shows it.  Two copies of one network are trained in the same rain, one on 8 background
+images, the other on 1,024.  Eight backgrounds are simpler than the rain, so the first copy learns
+the images.  1,024 are less simple than the rain, so the second copy learns the rain.  Then both
+meet rain that they have not seen.  `python derain.py` runs this experiment in about a minute.
 
-Images are float32 tensors (n, 3, h, w) in [0, 1], one image is (3, h, w), rain is (n, 1, h, w).
+Read the file from the top.  Each section opens with its question, and uses what stands above it.
+
+1 rain           RainRange, RAIN, streak_kernel, streak_seeds, rain_layers, add_rain,
+                 rain_degradation
+2 backgrounds    draw_face, sample_patches, sharpness, training_patches
+3 networks       ResNet, UNet, to_windows, from_windows, shift_mask, WindowAttention, SwinBlock,
+                 SwinIR, build_network
+4 evaluation     rain_mask, decoupled_evaluation, psnr, ssim, opening, predict, restore
+5 training       train
+6 content prior  Encoder, Decoder, Codebook, VQGAN, pretrain, VQGANPrior
+7 main job       few_against_many, figure_headline
+8 files          load_images, load_checkpoint, load_vqgan, and the command line: main
+
+Images are float32 tensors (n, 3, h, w) with values in [0, 1]: n images, 3 colour channels, h rows
+and w columns.  One image is (3, h, w).  Rain is (n, 1, h, w).
 """
 
-import argparse
-import copy
 import csv
-import math
-import pickle
+import os
 import re
 import sys
-import time
-import zipfile
+import tempfile
+import warnings
 import zlib
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial, reduce
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from functools import partial
+from io import BytesIO, StringIO
+from math import ceil, cos, inf, isfinite, isnan, nan, pi, sqrt
 from pathlib import Path
-from types import SimpleNamespace
+from time import monotonic
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
+from numpy.random import Generator
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor, arange, as_tensor, cat, erf, exp, from_numpy, no_grad, sin, where
+from torch.fft import irfft2, rfft2
+from torch.nn import (
+    GELU,
+    Conv2d,
+    ConvTranspose2d,
+    Embedding,
+    GroupNorm,
+    Identity,
+    LayerNorm,
+    Linear,
+    Module,
+    ModuleList,
+    Parameter,
+    ReLU,
+    Sequential,
+    Upsample,
+    ZeroPad2d,
+)
+from torch.nn.functional import conv2d, l1_loss, max_pool2d, mse_loss, pad
+from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.optim import Adam
 
-torch.empty(30 * 2 ** 18)  # once glibc has freed 30 MB it keeps them: training is a third faster
 
 class BadInput(ValueError):
-    """What the user gave cannot work; the message says what is wrong."""
+    """What the user gave cannot work; the message says in one line what is wrong."""
 
-def stream(seed: int, *purpose: str | int) -> np.random.Generator:
-    """A random stream for each seed and purpose, such as stream(0, "training", 17) for a step."""
-    return np.random.default_rng([seed, *(zlib.crc32(str(word).encode()) for word in purpose)])
 
-def each(items: Iterable, work: Callable) -> list:
-    """work(item) of every item; what fails is named on standard error.  BadInput if all fail."""
-    results = []
-    for item in items:
-        try:
-            results.append(work(item))
-        except ValueError as problem:  # BadInput is one
-            print(*f"skipped: {problem}".split(), file=sys.stderr)
-    if not results:
-        raise BadInput("none of the files could be used")
-    return results
+def stream(seed: int, *purpose: str | int) -> Generator:
+    """Return the random number generator that belongs to a seed and a purpose.
 
-def print_progress(label: str, step: int, steps: int, loss: float, begun: float) -> None:
-    """Print a job's step, loss and time left, twenty times in all, if it has a label."""
-    if label and step % math.ceil(steps / 20) == 0:
-        left = (time.monotonic() - begun) / step * (steps - step)
-        print(f"{label}: step {step} of {steps}, loss {loss:.4f}, {left:.0f} s left")
+    For example, stream(0, "training", 17) draws what step 17 of a training with seed 0 needs.  What
+    one purpose draws does not depend on what others drew before it.  The global random generators
+    of numpy and torch stay as they are.
+    """
+    # crc32 turns a text into a number, the same in every run.
+    words = [zlib.crc32(str(word).encode()) for word in purpose]
+    return np.random.default_rng([seed, *words])
 
-# ---- 1  Rain: how is a rainy image made? ---------------------------------------------------------
-# By linear superimposition, O = clip(B + R, 0, 1): a background B and a rain layer R, the same in
-# all channels.  R is random seeds, filtered with a blurred line, so that each becomes a streak.
-# A network can overfit to the ranges that a streak's factors are drawn from.
 
-@dataclass(frozen=True)
-class RainRange:
-    """The factors of rain, intervals (low, high) that every image draws from (paper, Fig. 2)."""
-    quantity: tuple[float, float]  # streak seeds per 10,000 pixels; below 0: none
-    width: tuple[float, float]  # of a streak at half its brightness, in pixels
-    length: tuple[float, float]  # the same
-    direction: tuple[float, float]  # degrees from vertical; positive leans like "/"
-    either_side: bool = False  # mirror the direction of half of the images
+# ---- 1  Rain: how is a rainy image made? --------------------------------------------------------
+#
+# A rainy image O is a background B plus a rain layer R, limited to the range of an image:
+#
+#     O = clip(B + R, 0, 1)
+#
+# The layer R is made from random noise in three steps, shown here on a few pixels:
+#
+#     uniform noise        seeds: noise above       one streak,          rain layer: a streak
+#                          a threshold              the kernel           at every seed
+#
+#     .31 .90 .12 .54      .   .   .   .                  /                .  .  .  /
+#     .26 .65 .99 .42      .   .   *   .       and       /        give     .  .  /  .
+#     .83 .17 .38 .71      .   .   .   .                /                  .  /  .  .
+#
+# The threshold decides how many streaks there are, the kernel what they look like.  These factors
+# are drawn anew for every image, from intervals that we choose.  A network can learn the intervals
+# instead of the image: for example, to remove bright lines that are vertical and 12 to 16 pixels
+# long, and only those.  That is what all experiments here are about.
 
-# small lies within medium, and that within large, in every factor; `unseen` lies outside large in
-# direction and length.  `diverse`, for people's photographs, has all directions, or is no rain.
+
+class RainRange(NamedTuple):
+    """The intervals (low, high) from which the rain of each image is drawn (paper, Fig. 2)."""
+
+    quantity: tuple  # streak seeds per 10,000 pixels
+    width: tuple  # of a streak, between points of half its brightness, in pixels
+    length: tuple  # of a streak, between points of half its brightness, in pixels
+    direction: tuple  # degrees from vertical; a positive streak leans like "/"
+    either_side: bool = False  # True: an image leans to the other side with a chance of 1/2
+
+
+# In every factor, "small" lies within "medium", and "medium" within "large".  No training uses
+# "unseen": its directions and lengths lie outside "large".  It has fewer streaks, but longer ones.
+#                    quantity   width       length    direction
 RAIN = {
-    "small": RainRange(quantity=(60, 80), width=(1.5, 2.0), length=(12, 16), direction=(-5, 5)),
-    "medium": RainRange(quantity=(40, 120), width=(1.3, 2.5), length=(9, 20), direction=(-20, 20)),
-    "large": RainRange(quantity=(20, 160), width=(1.0, 3.0), length=(6, 24), direction=(-45, 45)),
-    "unseen": RainRange((25, 50), (1.3, 2.5), (28, 36), direction=(55, 75), either_side=True),
-    "diverse": RainRange(quantity=(-50, 150), width=(1, 6), length=(4, 24), direction=(-90, 90)),
+    "small": RainRange((60, 80), (1.5, 2.0), (12, 16), (-5, 5)),
+    "medium": RainRange((40, 120), (1.3, 2.5), (9, 20), (-20, 20)),
+    "large": RainRange((20, 160), (1.0, 3.0), (6, 24), (-45, 45)),
+    "unseen": RainRange((25, 50), (1.3, 2.5), (28, 36), (55, 75), either_side=True),
 }
-STREAK_PEAK = (0.3, 0.8)  # every streak draws its peak brightness from this interval
+STREAK_PEAK = (0.3, 0.8)  # the brightness of each streak is drawn from this interval
 
-def streak_kernel(width: float | Tensor, length: float | Tensor,
-                  direction: float | Tensor) -> Tensor:
-    """The picture of one streak: a line of `length`, blurred by a Gaussian, 1 at its centre.
-    width, length: pixels at half brightness, above 0 (the Gaussian's sigma is width / 2.355).
-    direction: degrees from vertical; positive leans like "/".  Numbers give (k, k), tensors (n,)
-    give (n, k, k); k // 2 is length / 2 + 3 sigma, rounded up, of the largest of the streaks."""
-    width = torch.as_tensor(width, dtype=torch.float32)[..., None, None]  # (1, 1) or (n, 1, 1)
-    length = torch.as_tensor(length, dtype=torch.float32)[..., None, None]
-    angle = torch.deg2rad(torch.as_tensor(direction, dtype=torch.float32))[..., None, None]
-    sigma = width / math.sqrt(8 * math.log(2))
-    radius = math.ceil((length / 2 + 3 * sigma).max().item())
-    x = torch.arange(-radius, radius + 1, dtype=torch.float32)
+
+def streak_kernel(
+    width: float | Tensor, length: float | Tensor, direction: float | Tensor
+) -> Tensor:
+    """Return the picture of one streak: a line, blurred by a Gaussian, with 1 at its centre.
+
+    width, length: pixels between points of half brightness, above 0.  The line is as long as
+    `length`.  The Gaussian's sigma is width / 2.3548: it falls to one half at 2.3548 / 2 sigma.
+    direction: degrees from vertical; a positive streak leans like "/".
+    Numbers give one kernel (k, k); tensors (n,) give n kernels (n, k, k).  The size k is
+    2 radius + 1, where the radius is length / 2 + 3 sigma of the largest streak, rounded up.
+    """
+    # Two axes are added, for the rows and columns of the kernel: (1, 1), or (n, 1, 1).
+    sigma = as_tensor(width)[..., None, None] / 2.3548
+    half = as_tensor(length)[..., None, None] / 2
+    angle = torch.deg2rad(as_tensor(direction).float())[..., None, None]
+
+    radius = ceil((half + 3 * sigma).max())
+    x = arange(-radius, radius + 1)
     y = x[:, None]  # grows downwards, as the rows of an image do
-    along = x * torch.sin(angle) - y * torch.cos(angle)
-    across = x * torch.cos(angle) + y * torch.sin(angle)
-    # Across, the blurred line is a Gaussian; along, it is a box with ends softened by the Gaussian.
-    blur = math.sqrt(2) * sigma
-    box = torch.erf((length / 2 - along) / blur) + torch.erf((length / 2 + along) / blur)
-    return torch.exp(-(across / blur) ** 2) * box / (2 * torch.erf(length / 2 / blur))
+
+    # The position of each pixel, measured along the streak and across it.  (sin, erf and exp are
+    # those of torch; cos and sqrt without torch are those of Python's math, for plain numbers.)
+    along = x * sin(angle) - y * torch.cos(angle)
+    across = x * torch.cos(angle) + y * sin(angle)
+
+    # A blurred line is a Gaussian across.  Along, it is a box whose two ends the Gaussian softens.
+    # erf is the integral of a Gaussian: it rises from -1 to 1 around 0.  Each erf is one soft end.
+    blur = sqrt(2) * sigma
+    gaussian = exp(-((across / blur) ** 2))
+    box = erf((half - along) / blur) + erf((half + along) / blur)
+    return gaussian * box / (2 * erf(half / blur))  # 1 at the centre
+
 
 def streak_seeds(noise: Tensor, quantity: Tensor) -> Tensor:
-    """Turn uniform noise (n, h, w) in [0, 1) into seeds: a streak's peak where one sits, else 0.
-    quantity (n,): expected seeds per 10,000 pixels.  Pixels with noise in the top quantity / 10,000
-    become seeds; how far above that threshold it is, linearly, is their place in STREAK_PEAK."""
-    share = (quantity / 10_000)[:, None, None]
-    above = (noise - (1 - share)) / share  # uniform in [0, 1) where it is not negative
-    low, high = STREAK_PEAK
-    return torch.where(above > 0, low + (high - low) * above, torch.zeros(()))
+    """Turn uniform noise into seeds: a streak's brightness at its centre, 0 elsewhere.
 
-def rain_layers(n: int, size: int | tuple[int, int], rain_range: RainRange,
-                rng: np.random.Generator) -> Tensor:
-    """n rain layers (n, 1, h, w) in [0, 1]; size is (h, w) or one number.  Streaks add up, to 1.
-    Draws the factors of all images, one factor after the other; the side that each image leans to,
-    if either_side; then rng.random((n, *canvas), np.float32).  The canvas has sides h + k - 1 and
-    w + k - 1, rounded up to multiples of 16, so that streaks also come in from outside: the kernel
-    (k, k) of a seed at (y, x) fills rows y - k + 1 to y and columns x - k + 1 to x of the frame."""
+    noise: (n, h, w) in [0, 1).  quantity: (n,), the expected seeds per 10,000 pixels.
+    A pixel becomes a seed if its noise is above 1 - quantity / 10,000.  The noise of the seeds is
+    uniform above this threshold, so it also serves to draw their brightness: the threshold itself
+    becomes the lower end of STREAK_PEAK, and 1 becomes the upper end.
+    """
+    share = (quantity / 10_000)[:, None, None]
+    above = (noise - (1 - share)) / share  # in [0, 1) for seeds, negative elsewhere
+    low, high = STREAK_PEAK
+    return where(above > 0, low + (high - low) * above, 0)
+
+
+def rain_layers(n: int, size: int | tuple, rain_range: RainRange, rng: Generator) -> Tensor:
+    """Return n rain layers (n, 1, h, w) in [0, 1]; size is (h, w), or one number for both.
+
+    Streaks that overlap add up, to at most 1.  The noise covers a canvas that is larger than the
+    image, so that streaks also enter from outside: its sides are h + k - 1 and w + k - 1 for a
+    kernel of k x k pixels, rounded up to multiples of 16.  A seed at (y, x) of the canvas places
+    its kernel on rows y - k + 1 to y and columns x - k + 1 to x of the image: the image begins
+    k - 1 rows and columns after the place where the kernel of seed (0, 0) begins.
+    Order of the random draws: n quantities, n widths, n lengths, n directions; n sides if
+    either_side; then rng.random((n, *canvas), dtype=np.float32).
+    """
     height, width = (size, size) if isinstance(size, int) else size
-    intervals = (rain_range.quantity, rain_range.width, rain_range.length, rain_range.direction)
-    factors = np.stack([rng.uniform(low, high, n) for low, high in intervals])  # (4, n)
-    if rain_range.either_side:
+
+    factors = np.stack([rng.uniform(low, high, n) for low, high in rain_range[:4]])
+    if rain_range.either_side:  # factors[3] are the directions
         factors[3] *= rng.choice([-1, 1], n)
-    factors = torch.from_numpy(factors).float()
-    kernel = streak_kernel(*factors[1:])  # (n, k, k)
+    quantity, *streaks = from_numpy(factors).float()
+
+    kernel = streak_kernel(*streaks)  # (n, k, k)
     margin = kernel.shape[-1] - 1
-    canvas = [math.ceil((side + margin) / 16) * 16 for side in (height, width)]
-    noise = torch.from_numpy(rng.random((n, *canvas), dtype=np.float32))
-    # The Fourier transform filters each layer with its own kernel, fastest if sides divide by 16.
-    seeds = streak_seeds(noise, factors[0].clamp(min=0))
-    spectrum = torch.fft.rfft2(seeds) * torch.fft.rfft2(kernel, s=canvas)
-    rain = torch.fft.irfft2(spectrum, s=canvas)[:, None, margin:, margin:]
-    return rain[..., :height, :width].clamp(0, 1)
+    canvas = [ceil((side + margin) / 16) * 16 for side in (height, width)]
+    noise = from_numpy(rng.random((n, *canvas), np.float32))
+    seeds = streak_seeds(noise, quantity)
+
+    # Add a copy of the kernel at every seed, times the seed's brightness.  This is a convolution.
+    # The product of two Fourier transforms is the transform of the convolution; for kernels as
+    # large as these, that way is faster.  (If you have not met the Fourier transform, take these
+    # two lines as given.)  s=canvas fills the kernel up with zeros.  Multiples of 16 are fast.
+    spectrum = rfft2(seeds) * rfft2(kernel, s=canvas)
+    rain = irfft2(spectrum, s=canvas)[:, None]
+
+    # The transform treats the canvas as if its opposite edges were joined.  The first `margin` rows
+    # and columns hold parts of streaks that came in from the opposite edge, so they are cut off.
+    return rain[..., margin : margin + height, margin : margin + width].clamp(0, 1)
+
 
 def add_rain(background: Tensor, rain: Tensor) -> Tensor:
-    """O = clip(B + R, 0, 1), for B (n, 3, h, w) and R (n, 1, h, w) in [0, 1].  (Paper, Eq. 1.)"""
+    """Return O = clip(B + R, 0, 1), for B (n, 3, h, w) and R (n, 1, h, w).  (Paper, Eq. 1.)"""
     return (background + rain).clamp(0, 1)
 
-def rain_degradation(rain_range: RainRange) -> Callable[[Tensor, np.random.Generator], Tensor]:
-    """A degradation, degrade(clean, rng) -> degraded, that rains on each image (n, 3, h, w)."""
-    def degrade(clean: Tensor, rng: np.random.Generator) -> Tensor:
+
+def rain_degradation(rain_range: RainRange) -> Callable:
+    """Return a function degrade(clean, rng) that adds rain of this range to images (n, 3, h, w).
+
+    Training and evaluation use only this function.  Noise or blur can take the place of rain if
+    they are written as such a function.
+    """
+
+    def degrade(clean, rng):
         return add_rain(clean, rain_layers(len(clean), clean.shape[-2:], rain_range, rng))
+
     return degrade
 
-# ---- 2  Backgrounds: what stands behind the rain, and how complex is it? -------------------------
-# Without photographs, two painters stand in: faces, and dead leaves, a model of natural images.
 
-def inside(distance: np.ndarray, softness: float) -> np.ndarray:
-    """Coverage in [0, 1] of a shape: 1 where the signed distance to its outline is negative."""
-    return np.clip(0.5 - distance / softness, 0, 1)
+# ---- 2  Backgrounds: what stands behind the rain, and how complex is it? ------------------------
+#
+# A network learns from small patches of clean images.  The paper varies two things about them: how
+# many there are, and how sharp they are.  More patches are harder to learn.  So are sharper ones,
+# as they have more detail.  Photographs serve best.  Where none are given, drawn faces are used.
 
-def paint(image: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> None:
-    """Lay a colour (3, 1, 1) or (3, h, w) over image (3, h, w), in place, by coverage (h, w)."""
-    image += coverage * (np.asarray(colour, dtype=np.float32) - image)
+PATCH = 40  # side of a training patch, in pixels
+MANY = 1024  # backgrounds in the usual training
 
-def draw_face(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A face (3, size, size): smooth, one layout for all; colours and proportions vary."""
-    shift = rng.uniform(-0.06, 0.06, (2, 1, 1))
-    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32) - shift
-    light = 1 + 0.18 * rng.choice([-1, 1]) * x - 0.1 * y
+
+def draw_face(size: int, rng: Generator) -> np.ndarray:
+    """Draw a face, (3, size, size) in [0, 1]: ovals on a plain backdrop.
+
+    All faces have the same layout.  Their colours, proportions, place and light vary.
+    """
+    line = np.linspace(-1, 1, size)
+    x, y = np.meshgrid(line + rng.uniform(-0.06, 0.06), line + rng.uniform(-0.06, 0.06))
+    skin = rng.uniform(0.45, 1.05) * np.array([0.93, 0.71, 0.58])
+    hair = rng.uniform(0.15, 2.0) * np.array([0.36, 0.22, 0.13])
     wide = rng.uniform(0.46, 0.56)
-    tall = rng.uniform(0.62, 0.70)
-    skin = rng.uniform(0.45, 1.05) * rng.uniform([0.93, 0.68, 0.53], [0.93, 0.75, 0.63])
-    hair = rng.uniform(0.15, 2.0) * rng.uniform([0.36, 0.18, 0.08], [0.36, 0.27, 0.18])
-    fringe = inside(y + rng.uniform(0.30, 0.45) + 0.3 * rng.choice([-1, 1]) * x, 0.06)
-    image = np.zeros((3, size, size), dtype=np.float32)
 
-    def oval(cx, cy, rx, ry, softness=0.0):
-        distance = (np.hypot((x - cx) / rx, (y - cy) / ry) - 1) * min(rx, ry)
-        return inside(distance, softness + 3 / size)
+    # From back to front: colour, then the oval's centre (x, y), radii and softness.  The middle of
+    # the image is (0, 0), its lower right corner (1, 1).  An oval whose x is not 0 is drawn twice,
+    # at the right and mirrored at the left.
+    ovals = (
+        (rng.uniform(0.2, 0.9, 3), 0, 0, 9, 9, 0),  # backdrop
+        (hair, 0, 0.02, wide + 0.14, rng.uniform(0.75, 1), 0.06),
+        (rng.uniform(0.1, 0.9, 3), 0, 1.25, 0.95, 0.45, 0.03),  # clothes
+        (0.82 * skin, 0, 0.70, 0.24, 0.45, 0.04),  # neck
+        (skin, 0, 0.06, wide, 0.66, 0.04),  # face
+        (skin * [1.02, 0.90, 0.90], 0.30, 0.24, 0.17, 0.13, 0.16),  # cheeks
+        (np.ones(3), 0.22, -0.06, 0.115, 0.055, 0),  # eyes
+        (rng.uniform(0, 0.5, 3), 0.22, -0.06, 0.05, 0.05, 0),  # irises
+        (0.7 * hair, 0.22, -0.20, 0.15, 0.028, 0.02),  # brows
+        (0.86 * skin, 0, 0.22, 0.085, 0.06, 0.07),  # nose
+        (skin * [0.95, 0.55, 0.55], 0, 0.42, 0.20, 0.065, 0),  # lips
+        (hair, 0, -0.55, wide, 0.25, 0.06),  # hair on the forehead
+    )
 
-    def pair(cx, *rest):
-        return oval(-cx, *rest) + oval(cx, *rest)
+    light = rng.uniform(0.8, 1.2) + rng.uniform(-0.2, 0.2) * x  # from one side
+    image = np.zeros((3, size, size), np.float32)
+    for colour, centre_x, centre_y, radius_x, radius_y, softness in ovals:
+        # The distance from the centre, in radii: 1 on the outline.
+        radii = np.hypot((abs(x) - centre_x) / radius_x, (y - centre_y) / radius_y)
+        distance = (radii - 1) * min(radius_x, radius_y)  # from the outline, negative inside
+        # From 1 inside to 0 outside, over 3 half-pixels at least: how much the oval covers a pixel.
+        coverage = (0.5 - distance / (softness + 3 / size)).clip(0, 1)
+        image += coverage * (colour[:, None, None] * light - image)
+    return image.clip(0, 1)
 
-    def layer(coverage, colour):
-        paint(image, coverage, np.reshape(colour, (3, 1, 1)) * light)
 
-    layer(np.ones_like(x), rng.uniform(0.25, 0.85) + rng.uniform(-0.15, 0.15, 3))  # backdrop
-    layer(oval(0, 0.02, wide + 0.14, tall + rng.uniform(0.08, 0.35), 0.06), hair)
-    layer(oval(0, 1.25, 0.95, 0.45, 0.03), rng.uniform(0.1, 0.9, 3))  # shoulders
-    layer(oval(0, 0.70, 0.24, 0.45, 0.04), 0.82 * skin)  # neck
-    layer(oval(0, 0.06, wide, tall, 0.04), skin)
-    layer(0.35 * pair(0.30, 0.24, 0.17, 0.13, 0.16), skin * [1.05, 0.72, 0.70])  # cheeks
-    layer(pair(0.22, -0.06, 0.115, 0.055), [0.95, 0.95, 0.93])  # eyes, irises, pupils, brows
-    layer(pair(0.22, -0.06, 0.055, 0.055), rng.uniform(0.1, 0.5, 3))
-    layer(pair(0.22, -0.06, 0.025, 0.028), [0.02, 0.02, 0.02])
-    layer(pair(0.22, -0.20, 0.15, 0.028, 0.02), 0.7 * hair)
-    layer(0.5 * oval(0.02, 0.22, 0.085, 0.06, 0.07), 0.72 * skin)  # nose
-    layer(oval(0, 0.42, 0.20, 0.065), skin * [0.95, 0.55, 0.55])  # lips, the line between them
-    layer(oval(0, 0.42, 0.17, 0.012), skin * [0.48, 0.28, 0.28])
-    layer(fringe * oval(0, 0.04, wide + 0.02, tall + 0.04, 0.06), hair)
-    return image
+def sample_patches(images: list, n: int, size: int, rng: Generator) -> Tensor:
+    """Cut n patches (n, 3, size, size) out of images (3, h, w), at random places.
 
-def draw_dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Dead leaves (3, size, size): discs, radii of density r^-3 (Lee, Mumford & Huang 2001)."""
-    image = np.zeros((3, size, size), dtype=np.float32)
-    scene = rng.uniform(0.2, 0.7) + rng.normal(0, 0.08, 3)
-    smallest = 2.5 * 4 ** rng.random()
-    largest = size / 2 + 10
-    mean_area = 2 * math.pi * math.log(largest / smallest) / (smallest ** -2 - largest ** -2)
-    for _ in range(math.ceil(8 * (size + 2 * smallest) ** 2 / mean_area)):
-        u = rng.random()
-        r = (smallest ** -2 * (1 - u) + largest ** -2 * u) ** -0.5  # inverts the distribution of r
-        cx, cy = rng.uniform(-r, size + r, 2)
-        edges = np.clip([cy - r - 1, cy + r + 2, cx - r - 1, cx + r + 2], 0, size).astype(int)
-        window = (slice(*edges[:2]), slice(*edges[2:]))  # where the disc is
-        y, x = np.ogrid[window]
-        y, x = (y - cy).astype(np.float32), (x - cx).astype(np.float32)
-        colour = np.clip(scene + rng.normal(0, 0.2) + rng.normal(0, 0.06, 3), 0.05, 1)
-        shading = 1 + (rng.normal(0, 0.1) * x + rng.normal(0, 0.1) * y) / r
-        coverage = inside(np.sqrt(x * x + y * y) - r, 1.0)
-        paint(image[:, *window], coverage, colour[:, None, None] * shading)
-    return image
+    Every image is used once before any is used twice.  Raises ValueError (in rng.integers) if an
+    image is smaller than a patch.
+    """
+    order = [rng.permutation(len(images)) for _ in range(ceil(n / len(images)))]
 
-BACKGROUNDS = {"faces": draw_face, "natural": draw_dead_leaves}
-
-def draw_background(category: str, size: int, rng: np.random.Generator) -> Tensor:
-    """One background (3, size, size) in [0, 1] of a category, a key of BACKGROUNDS."""
-    return torch.from_numpy(BACKGROUNDS[category](size, rng)).float().clamp(0, 1)
-
-# What PIL decodes by itself.  (Others, such as EPS, it gives to programs that run their content.)
-FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm")
-
-def open_image(path: str | Path) -> Tensor:
-    """Decode an image file, upright, as RGB: (3, h, w) in [0, 1].  Raises BadInput if it fails."""
-    try:
-        with Image.open(path, formats=FORMATS) as picture:
-            array = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except Exception as problem:  # decoders fail in as many ways as files are damaged
-        raise BadInput(f"{path} is no image that can be read: {problem}") from None
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float() / 255
-
-def image_files(folder: str | Path) -> list[Path]:
-    """The image files in a folder and its subfolders, sorted; BadInput if there are none."""
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise BadInput(f"{folder} is no folder with images ({' '.join(SUFFIXES)})")
-    return files
-
-def load_images(path: str | Path, smallest: int = 1) -> list[Tensor]:
-    """Load an image file, or those in a folder: (3, h, w) each.  What is broken, or smaller than
-    `smallest` a side, is skipped, and named.  Collections are thinned out and cropped to 0.5 GB."""
-    files = [Path(path)] if Path(path).is_file() else image_files(path)
-    files = files[::math.ceil(len(files) / 600)]
-    most = int((40e6 / len(files)) ** 0.5)  # pixels a side
-
-    def load(file: Path) -> Tensor:
-        image = open_image(file)
-        if min(image.shape[1:]) < smallest:
-            raise BadInput(f"{file} is below {smallest}x{smallest} pixels")
-        top, left = (max(0, side - most) // 2 for side in image.shape[1:])
-        return image[:, top:top + most, left:left + most].clone()
-
-    return each(files, load)
-
-def sample_patches(images: list[Tensor], n: int, size: int, rng: np.random.Generator) -> Tensor:
-    """Cut n patches (n, 3, size, size) at random places, as evenly from all images as n allows.
-    Raises ValueError if an image is smaller than a patch."""
-    order = [rng.permutation(len(images)) for _ in range(math.ceil(n / len(images)))]
     patches = []
     for i in np.concatenate(order)[:n]:
-        top, left = (rng.integers(side - size + 1) for side in images[i].shape[1:])
-        patches.append(images[i][:, top:top + size, left:left + size])
+        _, height, width = images[i].shape
+        top = rng.integers(height - size + 1)
+        left = rng.integers(width - size + 1)
+        patches.append(images[i][:, top : top + size, left : left + size])
     return torch.stack(patches)
 
+
 def sharpness(patches: Tensor) -> Tensor:
-    """Mean gradient magnitude of each patch (n, 3, h, w), per pixel: (n,).  (Paper, Fig. 5.)
-    The gradient: forward differences, down and right, of the channels' mean, where both exist."""
+    """Return the sharpness (n,) of patches (n, 3, h, w): their mean gradient magnitude, per pixel.
+
+    The gradient consists of the differences to the pixel below and to the pixel at the right, of
+    the mean of the three channels, wherever both exist.  (After the paper, Fig. 5.)
+    """
     grey = patches.mean(1)
-    down = grey[:, 1:, :-1] - grey[:, :-1, :-1]
-    right = grey[:, :-1, 1:] - grey[:, :-1, :-1]
+    down = grey.diff(dim=1)[:, :, :-1]
+    right = grey.diff(dim=2)[:, :-1]
     return torch.hypot(down, right).mean((1, 2))
 
-# ---- 3  Networks: does the architecture matter? --------------------------------------------------
-# Each maps degraded images (n, 3, h, w) of any size to restored ones.  An output pixel depends on
-# 21x21 input pixels in the ResNet, 44x44 in the U-Net, 26x26 in SwinIR, which predicts a change.
 
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)  # keeps the size of the image
+def training_patches(images: list, n: int, seed: int, third: str = "any") -> Tensor:
+    """Return n backgrounds (n, 3, PATCH, PATCH), cut out of images (3, h, w).
+
+    third: "any" takes patches as they come.  "low" cuts 3 n patches and keeps the least sharp
+    third, "high" the sharpest third.  With "any", a training with n = 8 uses the
+    first 8 patches of one with n = 1,024 (up to MANY).  Raises BadInput if they would take more than 1 GB.
+    """
+    rng = stream(seed, "patches")
+    # With "any", MANY are cut even if fewer are needed: fewer would be drawn at other places.
+    count = max(n, MANY) if third == "any" else 3 * n
+    if count > 52_000:  # of 3 * 40 * 40 numbers of 4 bytes
+        raise BadInput(f"{n:,} backgrounds take more than 1 GB of memory; give fewer")
+    patches = sample_patches(images, count, PATCH, rng)
+    if third != "any":
+        patches = patches[sharpness(patches).argsort(descending=third == "high")]
+    return patches[:n]
+
+
+# ---- 3  Networks: does the architecture matter? -------------------------------------------------
+#
+# Three networks of different kinds: plain convolutions, convolutions at several resolutions, and
+# attention.  Each takes degraded images (n, 3, h, w) of any size and returns restored ones.  Each
+# adds its input to what it computes, as most restoration networks do:
+#
+#     output = input + network(input)
+#
+# So the network computes only a change.  In rain, this change should be the rain, with a minus.  It
+# can find the rain by how rain looks, or by how the image would look without it.
+
+conv3x3 = partial(Conv2d, kernel_size=3, padding=1)  # conv3x3(inputs, outputs) keeps h and w
+conv1x1 = partial(Conv2d, kernel_size=1)
+
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Reflect images at the right and bottom until sides divide by `multiple`; or repeat edges."""
-    bottom, right = (-side % multiple for side in images.shape[-2:])
-    reflect = bottom < images.shape[-2] and right < images.shape[-1]
-    return F.pad(images, (0, right, 0, bottom), "reflect" if reflect else "replicate")
+    """Enlarge images (n, c, h, w) at the bottom and right until both sides are multiples.
 
-class ResNet(nn.Module):
-    """Convolution, residual blocks, convolution, no more.  What its output shows, it has drawn."""
-    def __init__(self, channels: int = 16, blocks: int = 4):
+    The new pixels are a reflection of the image.  Where an image is too small to be reflected, they
+    repeat its last row and column.
+    """
+    height, width = images.shape[-2:]
+    bottom = -height % multiple  # what is missing to the next multiple
+    right = -width % multiple
+    mode = "reflect" if bottom < height and right < width else "replicate"
+    return pad(images, (0, right, 0, bottom), mode)
+
+
+def crop(images, like):
+    """Undo pad_to_multiple: cut images to the height and width of others."""
+    return images[..., : like.shape[-2], : like.shape[-1]]
+
+
+class ResNet(Module):
+    """A convolution, residual blocks, a convolution (after He et al. 2016).
+
+    With 4 blocks, an output pixel depends on 21 x 21 pixels of the input.
+    """
+
+    def __init__(self, channels=16, blocks=4):
         super().__init__()
         self.head = conv3x3(3, channels)
-        self.body = nn.ModuleList()
+        self.body = ModuleList()
         for _ in range(blocks):
-            layers = [conv3x3(channels, channels), nn.ReLU(), conv3x3(channels, channels)]
-            self.body.append(nn.Sequential(*layers))
+            self.body.append(
+                Sequential(conv3x3(channels, channels), ReLU(), conv3x3(channels, channels))
+            )
         self.tail = conv3x3(channels, 3)
 
-    def forward(self, degraded: Tensor) -> Tensor:
+    def forward(self, degraded):
         features = self.head(degraded)  # (n, channels, h, w)
         for block in self.body:
             features = features + block(features)
-        return self.tail(features)
+        return degraded + self.tail(features)
 
-class UNet(nn.Module):
-    """A U-Net (Ronneberger et al. 2015).  Twice, sides halve (max pooling) and channels double;
-    each level on the way up gets back, as its first channels, what it was on the way down."""
-    def __init__(self, channels: int = 16):
+
+def two_convolutions(inputs, outputs):
+    """Return two convolutions, each with a ReLU behind it."""
+    return Sequential(conv3x3(inputs, outputs), ReLU(), conv3x3(outputs, outputs), ReLU())
+
+
+class UNet(Module):
+    """Convolutions at three resolutions, from fine to coarse and back (Ronneberger et al. 2015).
+
+    On the way down, the sides halve (by max-pooling) and the channels double.  On the way up, each
+    resolution gets back its features from the way down, as its first channels; the enlarged coarse
+    features follow.
+    An output pixel depends on 44 x 44 pixels of the input.
+    """
+
+    def __init__(self, channels=16):
         super().__init__()
-        def level(inputs: int, outputs: int) -> nn.Sequential:
-            return nn.Sequential(conv3x3(inputs, outputs), nn.ReLU(),
-                                 conv3x3(outputs, outputs), nn.ReLU())
         c = channels
-        self.down = nn.ModuleList([level(3, c), level(c, 2 * c)])
-        self.bottom = level(2 * c, 4 * c)
-        self.grow = nn.ModuleList([nn.ConvTranspose2d(4 * c, 2 * c, 2, 2),
-                                   nn.ConvTranspose2d(2 * c, c, 2, 2)])
-        self.up = nn.ModuleList([level(4 * c, 2 * c), level(2 * c, c)])
-        self.tail = nn.Conv2d(c, 3, 1)
+        self.down1 = two_convolutions(3, c)
+        self.down2 = two_convolutions(c, 2 * c)
+        self.bottom = two_convolutions(2 * c, 4 * c)
+        self.enlarge2 = ConvTranspose2d(4 * c, 2 * c, 2, 2)
+        self.up2 = two_convolutions(4 * c, 2 * c)
+        self.enlarge1 = ConvTranspose2d(2 * c, c, 2, 2)
+        self.up1 = two_convolutions(2 * c, c)
+        self.tail = conv1x1(c, 3)
 
-    def forward(self, degraded: Tensor) -> Tensor:
-        features = pad_to_multiple(degraded, 4)
-        details = []
-        for level in self.down:
-            details.append(level(features))
-            features = F.max_pool2d(details[-1], 2)
-        features = self.bottom(features)  # (n, 4 channels, h / 4, w / 4)
-        for grow, level in zip(self.grow, self.up):
-            features = level(torch.cat([details.pop(), grow(features)], 1))
-        return self.tail(features)[..., :degraded.shape[2], :degraded.shape[3]]
+    def forward(self, degraded):
+        image = pad_to_multiple(degraded, 4)
+        fine = self.down1(image)  # (n, c, h, w)
+        middle = self.down2(max_pool2d(fine, 2))  # (n, 2 c, h / 2, w / 2)
+        coarse = self.bottom(max_pool2d(middle, 2))  # (n, 4 c, h / 4, w / 4)
+
+        middle = self.up2(cat([middle, self.enlarge2(coarse)], 1))
+        fine = self.up1(cat([fine, self.enlarge1(middle)], 1))
+        return crop(image + self.tail(fine), degraded)
+
+
+# SwinIR is built on attention.  In attention, each pixel gives every other pixel a score: how well
+# the two match.  A softmax turns the scores into weights that sum to 1.  Then the pixel
+# collects the features of the others, by these weights.  To look at all pixels of an image would
+# cost too much, so each looks only at those of its own window, here of 8 x 8 pixels.
+#
+# Alone, this would never let anything cross the border of a window.  So every second block shifts
+# the windows by half their side.  The trick is to move the image instead: it is rolled up and to
+# the left, what leaves at one edge comes in at the opposite edge, and the windows stay.  Rows of an
+# image of 8 rows, numbered, with windows of 4:
+#
+#     plain:    [0 1 2 3] [4 5 6 7]
+#     rolled:   [2 3 4 5] [6 7|0 1]      6, 7 and 0, 1 now share a window
+#
+# Rows 7 and 0 lie at opposite edges of the image, and should not see each other.  A mask prevents
+# it: -100 is added to their score, so that their weight becomes practically 0.
+
 
 def to_windows(image: Tensor, window: int) -> Tensor:
-    """Cut (n, h, w, c) into windows (n * windows, window ** 2, c), both in rows of the image."""
+    """Cut images (n, h, w, c) into windows (n * windows of an image, window * window, c).
+
+    Windows follow each other row by row, and so do the pixels within a window.  Note that the
+    channels come last here.  h and w must be multiples of `window`.
+    """
     n, h, w, c = image.shape
     cut = image.view(n, h // window, window, w // window, window, c)
+    # Axes now: image, row of windows, row in the window, column of windows, column, channel.  The
+    # two axes that count windows belong together in front.
     return cut.transpose(2, 3).reshape(-1, window * window, c)
 
-def from_windows(windows: Tensor, window: int, shape: torch.Size) -> Tensor:
-    """Undo to_windows; shape is that of the image, (n, h, w, c)."""
+
+def from_windows(windows: Tensor, window: int, shape: tuple) -> Tensor:
+    """Undo to_windows; shape is that of the images, (n, h, w, c)."""
     n, h, w, c = shape
     cut = windows.view(n, h // window, w // window, window, window, c)
     return cut.transpose(2, 3).reshape(shape)
 
-def shift_mask(h: int, w: int, window: int) -> Tensor:
-    """What is added to attention in shifted windows (windows, window ** 2, window ** 2): 0 or -100.
-    Shifting rolls the image (h, w) up and to the left by window // 2, around its edges.  -100 keeps
-    query and key from opposite sides of the image apart.  Windows are those of to_windows."""
-    def band(side: int) -> Tensor:  # 0, then 1 in the last window, then 2 in the part rolled in
-        place = torch.arange(side)
-        return (place >= side - window).long() + (place >= side - window // 2)
-    region = 3 * band(h)[:, None] + band(w)
-    region = to_windows(region[None, :, :, None], window)[..., 0]  # (windows, window ** 2)
-    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
 
-class WindowAttention(nn.Module):
-    """Multi-head self-attention within windows, with a learned bias for each offset of two pixels.
-    windows (b, n, c), n = window ** 2; mask (windows of an image, n, n), to be added, or None.
-    `qkv` makes queries, then keys, then values, each with its heads side by side; scores are
-    divided by the root of a head's channels; offset[i, j]: the table's row for query i, key j."""
-    def __init__(self, dim: int, heads: int, window: int):
+def shift_mask(h: int, w: int, window: int) -> Tensor:
+    """Return what is added to scores of attention in a rolled image (h, w): 0 or -100.
+
+    The image was rolled up and to the left by window // 2.  The mask has the shape (windows,
+    window * window, window * window); windows are those of to_windows.  It is -100 for two pixels
+    of one window that lie at opposite edges of the image, and 0 for all others.
+    """
+
+    def rolled_in(side):
+        """Tell which rows (or columns) came in from the opposite edge."""
+        return arange(side) >= side - window // 2
+
+    # Two pixels may see each other if both or none of their rows came in, and the same of columns.
+    region = 2 * rolled_in(h)[:, None] + rolled_in(w)  # (h, w), a number for each combination
+    region = to_windows(region[None, :, :, None], window)[..., 0]  # (windows, window * window)
+    return where(region[:, :, None] == region[:, None], 0.0, -100.0)
+
+
+class WindowAttention(Module):
+    """Multi-head attention within windows, with a relative position bias (Liu et al. 2021).
+
+    Each pixel makes three vectors: a query (what it looks for), a key (what it offers to others)
+    and a value (what it passes on).  The score of two pixels is the product of one's query and the
+    other's key, divided by the root of how many numbers each has, plus a bias, plus the mask.
+    Each head does this with its own part of the channels.  The linear layer `qkv` makes all
+    queries, then all keys, then all values; within each, the heads lie side by side.
+
+    The bias depends only on how far, and in which direction, one pixel lies from the other.  In a
+    window of 8, this offset runs from -7 to 7 down and from -7 to 7 to the right.  So a head needs
+    only a table of 15 x 15 learned numbers for all 64 x 64 pairs of pixels:
+
+        row of the table = (down + 7) * 15 + (right + 7)
+    """
+
+    def __init__(self, dim, heads, window):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        y, x = np.divmod(np.arange(window ** 2), window)
-        down = y[:, None] - y + window - 1
-        right = x[:, None] - x + window - 1
-        offset = torch.from_numpy(down * (2 * window - 1) + right)  # (n, n)
-        self.register_buffer("offset", offset, persistent=False)
+        self.qkv = Linear(dim, 3 * dim)
+        self.project = Linear(dim, dim)
+        side = 2 * window - 1  # of the table
+        self.position_bias = Parameter(torch.zeros(side * side, heads))
 
-    def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
+        # Which row of the table belongs to pixels i and j: (n, n).  A buffer moves to a GPU with
+        # the network; it is not trained, and (persistent=False) not saved.
+        place = torch.cartesian_prod(arange(window), arange(window))  # (n, 2): row, column
+        offset = place[:, None] - place + window - 1  # (n, n, 2): from pixel j to pixel i
+        self.register_buffer("table_row", offset[..., 0] * side + offset[..., 1], persistent=False)
+
+    def forward(self, windows, mask):
+        """Attend within windows (b, n, c), where n = window * window.
+
+        mask: (windows of an image, n, n), added to the scores of every image's windows; or None.
+        """
         b, n, c = windows.shape
         qkv = self.qkv(windows).view(b, n, 3, self.heads, c // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (b, heads, n, c / heads)
-        bias = self.relative_position_bias_table[self.offset].permute(2, 0, 1)  # (heads, n, n)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, n, c / heads)
+
+        scores = query @ key.mT / sqrt(c // self.heads)  # (b, heads, n, n)
+        scores = scores + self.position_bias[self.table_row].permute(2, 0, 1)
         if mask is not None:
-            bias = bias + mask[:, None]  # (windows of an image, heads, n, n)
-        scores = query * (c // self.heads) ** -0.5 @ key.transpose(-2, -1)  # (b, heads, n, n)
-        weights = (scores.view(-1, *bias.shape) + bias).softmax(-1).view(scores.shape)
-        return self.proj((weights @ value).transpose(1, 2).reshape(b, n, c))
+            # The masks of one image are repeated for every image.
+            scores = scores + mask.repeat(b // len(mask), 1, 1)[:, None]
+        collected = scores.softmax(-1) @ value  # (b, heads, n, c / heads)
+        return self.project(collected.transpose(1, 2).reshape(b, n, c))
 
-class SwinBlock(nn.Module):
-    """Attention in windows, then a perceptron for each pixel; each adds to its input (n, h, w, c).
-    Each starts with a normalization of its input; the perceptron has a GELU.  With shift > 0 (half
-    a window) the image is rolled up and to the left before it is cut into windows, then back."""
-    def __init__(self, dim: int, heads: int, window: int, shift: int, hidden: int):
+
+class SwinBlock(Module):
+    """Attention within windows, then a perceptron for each pixel (Liu et al. 2021).
+
+    Each of the two normalizes its input first (LayerNorm: over the channels of each pixel), and
+    adds its output to its input.  The perceptron is two linear layers with a GELU, a smooth ReLU,
+    between them.  With a shift (half a window), the image is rolled before it is cut into windows,
+    and rolled back after.
+    """
+
+    def __init__(self, dim, heads, window, shift, hidden):
         super().__init__()
-        self.window, self.shift = window, shift
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, heads, window)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+        self.window = window
+        self.shift = shift
+        self.norm = LayerNorm(dim)
+        self.attention = WindowAttention(dim, heads, window)
+        self.perceptron = Sequential(
+            LayerNorm(dim), Linear(dim, hidden), GELU(), Linear(hidden, dim)
+        )
 
-    def forward(self, image: Tensor) -> Tensor:
-        mask = None
-        if self.shift:
-            mask = shift_mask(image.shape[1], image.shape[2], self.window).to(image.device)
-        rolled = self.norm1(image).roll((-self.shift, -self.shift), (1, 2))
-        attended = self.attn(to_windows(rolled, self.window), mask)
+    def forward(self, image):
+        """Map features (n, h, w, c) to features of the same shape."""
+        _, h, w, _ = image.shape
+        mask = shift_mask(h, w, self.window).to(image.device) if self.shift else None
+        rolled = self.norm(image).roll((-self.shift, -self.shift), (1, 2))
+        attended = self.attention(to_windows(rolled, self.window), mask)
         attended = from_windows(attended, self.window, image.shape)
         image = image + attended.roll((self.shift, self.shift), (1, 2))
-        return image + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(image))))
+        return image + self.perceptron(image)
 
-class SwinIR(nn.Module):
-    """SwinIR (Liang et al. 2021): groups of Swin blocks, every second one shifted, between
-    convolutions.  As published for denoising, so that a published checkpoint's "params" load."""
-    def __init__(self, embed_dim: int = 16, depths: tuple[int, ...] = (2,),
-                 num_heads: tuple[int, ...] = (2,), window_size: int = 8, mlp_ratio: float = 2.0):
+
+class SwinGroup(Module):
+    """Swin blocks, every second one shifted, then a convolution; added to their input."""
+
+    def __init__(self, dim, depth, heads, window, hidden):
+        super().__init__()
+        self.blocks = Sequential()
+        for i in range(depth):
+            self.blocks.append(SwinBlock(dim, heads, window, i % 2 * (window // 2), hidden))
+        self.conv = conv3x3(dim, dim)
+
+    def forward(self, image):
+        features = self.blocks(image).permute(0, 3, 1, 2)  # (n, c, h, w), as convolutions need it
+        return image + self.conv(features).permute(0, 2, 3, 1)
+
+
+class SwinIR(Module):
+    """SwinIR (Liang et al. 2021): groups of Swin blocks between convolutions.
+
+    It computes what the published network computes for denoising, where the output has the size of
+    the input.  The arguments have
+    the published names: channels, blocks and heads of each group, side of a window, and how many
+    times wider than the channels the perceptrons are.
+    """
+
+    def __init__(
+        self,
+        embed_dim=16,
+        depths=(2,),
+        num_heads=(2,),
+        window_size=8,
+        mlp_ratio=2.0,
+    ):
         super().__init__()
         self.window = window_size
-        self.conv_first = conv3x3(3, embed_dim)
-        self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)})
-        self.layers = nn.ModuleList()
-        hidden = int(embed_dim * mlp_ratio)
+        self.first = conv3x3(3, embed_dim)
+        self.norm_first = LayerNorm(embed_dim)
+        self.groups = Sequential()
         for depth, heads in zip(depths, num_heads, strict=True):
-            blocks = nn.Sequential()
-            for i in range(depth):
-                shift = window_size // 2 if i % 2 else 0
-                blocks.append(SwinBlock(embed_dim, heads, window_size, shift, hidden))
-            group = nn.ModuleDict({"blocks": blocks})
-            conv = conv3x3(embed_dim, embed_dim)
-            self.layers.append(nn.ModuleDict({"residual_group": group, "conv": conv}))
-        self.norm = nn.LayerNorm(embed_dim)
-        self.conv_after_body = conv3x3(embed_dim, embed_dim)
-        self.conv_last = conv3x3(embed_dim, 3)
-        for weights in self.parameters():
-            if weights.ndim == 2:  # linear layers and bias tables start small
-                nn.init.trunc_normal_(weights, std=0.02)
-        mean = torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1)  # of DIV2K
-        self.register_buffer("mean", mean, persistent=False)
+            sizes = (depth, heads, window_size, int(embed_dim * mlp_ratio))
+            self.groups.append(SwinGroup(embed_dim, *sizes))
+        self.norm_last = LayerNorm(embed_dim)
+        self.after_groups = conv3x3(embed_dim, embed_dim)
+        self.last = conv3x3(embed_dim, 3)
 
-    def load_state_dict(self, weights: dict[str, Tensor], *options, **more):
-        """As usual, but for tables in published checkpoints that follow from the arguments."""
-        derived = ("relative_position_index", "attn_mask")
-        weights = {key: weights[key] for key in weights if not key.endswith(derived)}
-        return super().load_state_dict(weights, *options, **more)
+    def forward(self, degraded):
+        # The mean of the photographs (DIV2K) that the published network was trained on.
+        mean = torch.tensor([0.4488, 0.4371, 0.4040], device=degraded.device).view(3, 1, 1)
+        image = pad_to_multiple(degraded, self.window)
 
-    def forward(self, degraded: Tensor) -> Tensor:
-        image = pad_to_multiple(degraded, self.window) - self.mean
-        shallow = self.conv_first(image)  # (n, c, h, w)
-        deep = self.patch_embed["norm"](shallow.permute(0, 2, 3, 1))  # (n, h, w, c) from here on
-        for layer in self.layers:
-            features = layer["residual_group"]["blocks"](deep)
-            deep = deep + layer["conv"](features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        deep = self.conv_after_body(self.norm(deep).permute(0, 3, 1, 2)) + shallow
-        restored = image + self.conv_last(deep) + self.mean
-        return restored[..., :degraded.shape[2], :degraded.shape[3]]
+        shallow = self.first(image - mean)  # (n, c, h, w)
+        deep = self.norm_first(shallow.permute(0, 2, 3, 1))  # (n, h, w, c)
+        deep = self.norm_last(self.groups(deep))
+        deep = self.after_groups(deep.permute(0, 3, 1, 2))  # (n, c, h, w)
 
-def line_openings(images: Tensor, reach: int = 4, directions: int = 12) -> Tensor:
-    """Openings of images (n, 3, h, w), the largest of the smallest along lines of 2 reach + 1
-    pixels that turn by 180 / directions degrees: (n, directions, 3, h, w).  Borders wrap around."""
-    opened = []
-    for angle in np.linspace(0, math.pi, directions, endpoint=False):
-        line = np.outer(np.arange(-reach, reach + 1), [math.cos(angle), math.sin(angle)])
-        shifts = line.round().astype(int).tolist()  # down, right
-        smallest = reduce(torch.minimum, (images.roll(shift, (2, 3)) for shift in shifts))
-        opened.append(reduce(torch.maximum, (smallest.roll(shift, (2, 3)) for shift in shifts)))
-    return torch.stack(opened, 1)
+        return crop(image + self.last(deep + shallow), degraded)
 
-class LineOpenings(nn.Module):
-    """A weighted mean of an image and its line_openings: can draw neither rain nor image.  (Ours.)
-    A line across a streak removes it, and harms less than a square.  The weights, one each, depend
-    on how much in the image is thin and bright, as rain is, and thin and dark, along each line."""
-    def __init__(self, hidden: int = 32):
-        super().__init__()
-        self.score = nn.Sequential(nn.Linear(4, hidden), nn.SiLU(), nn.Linear(hidden, 2))
 
-    def forward(self, degraded: Tensor) -> Tensor:
-        choices = torch.cat([degraded[:, None], line_openings(degraded)], 1)  # (n, 13, 3, h, w)
-        bright = (degraded[:, None] - choices[:, 1:]).mean((2, 3, 4))  # (n, 12)
-        dark = (-line_openings(-degraded) - degraded[:, None]).mean((2, 3, 4))
-        thin = torch.log(torch.stack([bright, dark], -1) + 1e-3)  # (n, 12, 2)
-        mean = thin.mean(1, keepdim=True)
-        seen = torch.cat([thin - mean, mean.expand_as(thin)], -1)  # (n, 12, 4)
-        line, keep = self.score(seen).unbind(-1)
-        weights = torch.cat([keep.mean(1, keepdim=True), line], 1).softmax(1)  # (n, 13)
-        return (weights[..., None, None, None] * choices).sum(1)
+NETWORKS = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR}
 
-NETWORKS = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR, "lines": LineOpenings}
 
-def build_network(make: type[nn.Module], seed: int = 0, **arguments) -> nn.Module:
-    """make(**arguments), such as ResNet(channels=8), with weights drawn from `seed`."""
+def build_network(make: type[Module], seed: int = 0, **arguments) -> Module:
+    """Return make(**arguments), such as ResNet(channels=8), with weights drawn by `seed`."""
     with torch.random.fork_rng(devices=[]):  # torch's own random state stays as it was
         torch.manual_seed(seed)
-        # Channels-last memory, the channels of a pixel side by side, makes CPU convolutions fast.
-        return make(**arguments).to(memory_format=torch.channels_last)
+        network = make(**arguments)
+    # In channels-last memory, the channels of a pixel lie side by side, not a channel's pixels.
+    # Convolutions on a CPU are faster this way.
+    return network.to(memory_format=torch.channels_last)
 
-# ---- 4  Content prior: can a network be held to the manifold of clean images? --------------------
-# A VQGAN (Esser et al. 2021) is an autoencoder: its encoder turns an image into a grid of vectors,
-# each is replaced by the nearest of a fixed list, the codebook, and its decoder draws an image from
-# those.  Trained on clean images, it has codes for what they show, and none for rain.
 
-group_norm = partial(nn.GroupNorm, 32, eps=1e-6)  # of a number of channels that divides by 32
+# ---- 4  Evaluation: was the rain removed, and was the background kept? --------------------------
+#
+# PSNR, the usual measure, asks only how near the output is to the clean image.  It cannot tell rain
+# that was left from a background that was damaged.  The clean image lets us ask both questions.
+# Call what rain changed r, and what is still wrong in the output d:
+#
+#     r = rainy - clean          d = output - clean
+#
+# If half of the rain is left and nothing else was changed, then d = 0.5 r.  So we draw each pixel
+# as a point (r, d), and fit a straight line to all points.  Its slope is the rain that is left.
+# What slope * r does not explain is damage.
+#
+#      d |                 .  /
+#        |             . .  /  .         slope = rain_left / 100
+#        |         .   .  / .            damage: the root mean square of d - slope * r
+#        |     .  .  /  .
+#        |___.__/_._____________ r
+#
+# The fit has an intercept: the mean of r is taken off.  Without that, an output that is only darker
+# would seem to have less rain.  Its darkness counts as damage instead.
+#
+# The two are read together.  No single number can stand alone: a constant image has little rain
+# left, and the damage tells why.  The paper's own measures split the pixels instead.  E_R asks how
+# much was changed where it rained (the wet pixels), E_B how much is wrong elsewhere.
 
-class ResidualBlock(nn.Module):
-    """Two convolutions, each after normalization and swish (SiLU), added to nin_shortcut(input)."""
-    def __init__(self, inputs: int, outputs: int):
+RAIN_THRESHOLD = 4 / 255  # a pixel counts as wet if rain changed it by more than 4 grey levels
+
+
+def rain_mask(rainy: Tensor, clean: Tensor) -> Tensor:
+    """Return M (n, 1, h, w), the wet pixels: where |rainy - clean| > RAIN_THRESHOLD in a channel.
+
+    A tolerance of 1e-6 is added to the threshold, so that a difference of exactly 4 grey levels
+    does not become wet when files of 8 bits are divided by 255.
+    """
+    difference = (rainy - clean).abs().amax(1, keepdim=True)
+    return difference > RAIN_THRESHOLD + 1e-6
+
+
+def decoupled_sums(output, rainy, clean):
+    """Return the sums over one image (3, h, w) that decoupled_measures needs.
+
+    Sums of several images can be added, so a set of images need not be in memory at once.
+    """
+    r = (rainy - clean).double()
+    d = (output - clean).double()
+    pattern = r - r.mean()
+    wet = rain_mask(rainy[None], clean[None])[0].expand_as(clean)
+
+    sums = {
+        "all": r == r,  # True everywhere: counts all values
+        "wet": wet,
+        "pattern * pattern": pattern * pattern,
+        "pattern * d": pattern * d,
+        "r * r": r * r,
+        "r * d": r * d,
+        "d * d": d * d,
+        "wet removed^2": (d - r)[wet] ** 2,  # d - r = output - rainy
+        "dry d * d": d[~wet] ** 2,
+    }
+    return {name: terms.sum().item() for name, terms in sums.items()}
+
+
+def decoupled_measures(parts):
+    """Return rain_left, damage, E_R and E_B of a set of images, from a dict of sums for each.
+
+    decoupled_evaluation, below, says what they mean.
+    """
+    sums = {name: sum(part[name] for part in parts) for name in parts[0]}
+    rain = sums["wet"] > 0 and sums["pattern * pattern"] > 1e-12 * sums["all"]
+    slope = sums["pattern * d"] / sums["pattern * pattern"] if rain else 0
+    rest = sums["d * d"] - 2 * slope * sums["r * d"] + slope**2 * sums["r * r"]  # (d - slope r)^2
+
+    def rms(squares, count):
+        return 255 * sqrt(max(squares, 0) / count) if count else nan
+
+    return {
+        "rain_left": 100 * slope if rain else nan,
+        "damage": rms(rest, sums["all"]),
+        "E_R": rms(sums["wet removed^2"], sums["wet"]),
+        "E_B": rms(sums["dry d * d"], sums["all"] - sums["wet"]),
+    }
+
+
+def decoupled_evaluation(output: Tensor, rainy: Tensor, clean: Tensor) -> dict:
+    """Measure rain removal and background reconstruction apart, for images (n, 3, h, w) in [0, 1].
+
+    With r = rainy - clean, d = output - clean, and M the wet pixels of rain_mask, returns over all
+    pixels and channels of the set:
+      rain_left  100 * sum((r - mean r) * d) / sum((r - mean r)^2), in per cent, with each image's
+                 mean of r.  100 for the rainy input, 0 for the clean image, below 0 where more was
+                 taken than the rain had brought.
+      damage     root mean square of d - rain_left / 100 * r, in grey levels from 0 to 255.  0 for
+                 the rainy input and for the clean image.
+      E_R        root mean square of output - rainy on M, in grey levels: the paper's measure of
+                 removal.  Damage raises it, too.
+      E_B        root mean square of d outside M, in grey levels: the paper's measure of
+                 reconstruction.
+      psnr, ssim over whole images; ssim is NaN for images below 11 x 11 pixels.
+    Where M is empty, or r is the same everywhere in each image, there is no rain to measure:
+    rain_left is NaN, and damage is the root mean square of d.  E_R is NaN where M is empty, and E_B
+    where M is everything.  Raises ValueError if the shapes differ.
+    (E_R, E_B: paper, Section 3.  rain_left and damage are ours.)
+    """
+    if not output.shape == rainy.shape == clean.shape:
+        raise ValueError("output, rainy and clean differ in shape")
+    triples = zip(output, rainy, clean)
+    measures = decoupled_measures([decoupled_sums(*images) for images in triples])
+    measures["psnr"] = psnr(output, clean)
+    measures["ssim"] = ssim(output, clean) if min(clean.shape[-2:]) >= 11 else nan
+    return measures
+
+
+def psnr(output: Tensor, clean: Tensor) -> float:
+    """Return the peak signal-to-noise ratio, -10 log10(MSE) dB, of images (n, 3, h, w) in [0, 1].
+
+    It is the mean of the n images' ratios, over RGB; infinite if an image equals its clean one.
+    Raises ValueError if the shapes differ.
+    """
+    if output.shape != clean.shape:
+        raise ValueError("output and clean differ in shape")
+    mse = ((output - clean).double() ** 2).mean((1, 2, 3))  # (n,)
+    return (-10 * torch.log10(mse)).mean().item()
+
+
+def ssim(output: Tensor, clean: Tensor) -> float:
+    """Return the structural similarity of images (n, 3, h, w) in [0, 1] (Wang et al. 2004).
+
+    It compares local brightness, contrast and pattern, and is 1 for equal images.
+    Means m, variances v and the covariance c are those of the pixels under a window of 11 x 11 with
+    Gaussian weights of sigma 1.5 and sum 1.  With C1 = 0.01^2 and C2 = 0.03^2, the similarity is
+        (2 m_x m_y + C1) (2 c + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2)),
+    in each channel, averaged over all places where the window fits, and over the images.
+    Raises ValueError if the shapes differ, or if an image is smaller than the window.
+    """
+    if output.shape != clean.shape or min(clean.shape[-2:]) < 11:
+        raise ValueError("SSIM needs two images of one shape, of 11 x 11 pixels or more")
+    window = exp(-(arange(-5, 6).double() ** 2) / 4.5)  # 2 sigma^2 = 4.5
+    window /= window.sum()
+
+    def blur(image):
+        columns = conv2d(image[None], window.view(1, 1, 11, 1))  # (1, h - 10, w)
+        return conv2d(columns, window.view(1, 1, 1, 11))  # (1, h - 10, w - 10)
+
+    total = 0
+    # x: a channel of an output, (h, w); y: the same of the clean image.
+    for x, y in zip(output.flatten(0, 1).double(), clean.flatten(0, 1).double()):
+        mean_x = blur(x)
+        mean_y = blur(y)
+        variances = blur(x * x) - mean_x**2 + blur(y * y) - mean_y**2
+        covariance = blur(x * y) - mean_x * mean_y
+        numerator = (2 * mean_x * mean_y + 1e-4) * (2 * covariance + 9e-4)
+        denominator = (mean_x**2 + mean_y**2 + 1e-4) * (variances + 9e-4)
+        total += (numerator / denominator).mean().item()
+    return total / (3 * len(clean))
+
+
+def opening(images: Tensor, size: int = 5) -> Tensor:
+    """Return the morphological opening of images (n, 3, h, w): what networks are compared with.
+
+    It replaces each pixel by the smallest value in a square around it, then by the largest of
+    these.  Whatever is bright and thinner than `size` pixels disappears; `size` must be odd.  It
+    was never trained, so no rain is unseen to it.
+    """
+    # The smallest value is minus the largest of the negatives.
+    smallest = -max_pool2d(-images, size, 1, size // 2)
+    return max_pool2d(smallest, size, 1, size // 2)
+
+
+@no_grad()
+def predict(network: Module, images: Tensor) -> Tensor:
+    """Return the network's output for images (n, 3, h, w), on the CPU, limited to [0, 1].
+
+    The network sees 16 images at a time, to bound the memory.
+    """
+    device = next(network.parameters()).device
+    outputs = []
+    for chunk in images.split(16):
+        outputs.append(network(chunk.to(device)).clamp(0, 1).cpu())
+    return cat(outputs)
+
+
+def restore(network: Module, image: Tensor, tile: int = 512) -> Tensor:
+    """Restore an image (3, h, w) of any size, tile by tile, to bound the memory.
+
+    Each tile is restored together with `margin` pixels around it, which are then cut off, so that
+    its pixels see the same neighbours as in the whole image.  (VQGANPrior also normalizes over the
+    whole tile, so its result depends on the tiles a little.)
+    """
+    margin = 32
+    output = torch.empty_like(image)
+    for top in range(0, image.shape[1], tile):
+        for left in range(0, image.shape[2], tile):
+            y = max(top - margin, 0)
+            x = max(left - margin, 0)
+            piece = image[None, :, y : top + tile + margin, x : left + tile + margin]
+            restored = predict(network, piece)[0, :, top - y :, left - x :]
+            output[:, top : top + tile, left : left + tile] = restored[:, :tile, :tile]
+    return output
+
+
+# ---- 5  Training: what does a network learn from? -----------------------------------------------
+#
+# From pairs: a clean patch, which is one of n backgrounds, and the same patch in rain that is drawn
+# anew at every step.  The number of steps is fixed, whatever n is: a network with 8 backgrounds
+# sees each of them more often, but does not train longer.
+
+BATCH = 8  # patches in a step
+RATE = 2e-3  # learning rate at the start
+
+
+def cosine_decay(step, steps):
+    """Return the factor of the learning rate at a step: it falls from 1 to 0 along a cosine."""
+    return 0.5 * (1 + cos(pi * step / steps))
+
+
+def make_progress(label, total):
+    """Return a function report(done, note), which prints a line every few seconds.
+
+    The line tells how far a job of `total` steps is, and the time that it will still take.  Without
+    a label, nothing is printed.
+    """
+    begun = printed = monotonic()
+
+    def report(done, note):
+        nonlocal printed
+        now = monotonic()
+        if label and (now - printed > 4 or done == total):
+            left = (now - begun) / done * (total - done)
+            # One string with its end of line, so that lines of two threads do not mix.
+            print(f"{label}: {done} of {total} {note}, {left:.0f} s left\n", end="", flush=True)
+            printed = now
+
+    return report
+
+
+def train(
+    network: Module,
+    backgrounds: Tensor,
+    degrade: Callable,
+    steps: int,
+    seed: int = 0,
+    label: str = "",
+    after_step: Callable = None,
+) -> list:
+    """Train a network in place to undo a degradation; return the loss of every step.
+
+    backgrounds: clean patches (n, 3, h, w) in [0, 1].
+    Each step draws BATCH backgrounds with replacement, mirrors each (left to right) with a chance
+    of one half, degrades them, and takes a step of Adam that lowers the mean absolute error (L1).
+    The learning rate is RATE times cosine_decay(step, steps), with steps counted from 0.
+    A network may bring its own loss, network.loss(degraded, clean), and its own network.rate, as
+    VQGANPrior does in section 6.
+    label: what progress is printed under; nothing is printed without one.
+    after_step: called after each step with the number of steps done, to measure while training.
+    """
+    # These networks are small: a second thread gains little, and costs much when cores are busy.
+    torch.set_num_threads(1)
+    device = next(network.parameters()).device
+    optimizer = Adam(network.parameters(), fused=True)
+    rate = getattr(network, "rate", RATE)
+    own_loss = getattr(network, "loss", None)
+    report = make_progress(label, steps)
+    losses = []
+
+    for step in range(steps):
+        rng = stream(seed, "training", step)
+        clean = backgrounds[from_numpy(rng.integers(len(backgrounds), size=BATCH))]
+        mirrored = from_numpy(rng.random((BATCH, 1, 1, 1)) < 0.5)
+        clean = where(mirrored, clean.flip(-1), clean)
+        degraded = degrade(clean, rng)
+
+        clean = clean.to(device)
+        degraded = degraded.to(device)
+        if own_loss:
+            loss = own_loss(degraded, clean)
+        else:
+            loss = l1_loss(network(degraded), clean)
+
+        optimizer.param_groups[0]["lr"] = rate * cosine_decay(step, steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        losses.append(loss.item())
+        report(step + 1, f"steps, loss {losses[-1]:.4f}")
+        if after_step:
+            after_step(step + 1)
+    return losses
+
+
+# ---- 6  Content prior: can a network be made to draw nothing but clean images? ------------------
+#
+# Few backgrounds are one way to make a network learn images.  Another is a network that knows
+# nothing but clean images: a VQGAN (Esser et al. 2021).  It is an autoencoder with a bottleneck:
+#
+#     image --encoder--> latent --codebook--> codes --decoder--> image
+#
+# The encoder turns the image into a coarse grid of vectors, the latent.  Each vector is replaced by
+# the nearest entry of a fixed list, the codebook; an entry is called a code.  The decoder draws an
+# image from the codes.  All three are trained together, on clean images alone, to give the image
+# back.  So there are codes for what clean images show, and none for rain.  In our prior one vector
+# stands for 8 x 8 pixels.  A thin streak is a small part of them: it moves the vector a little,
+# often so little that the nearest code stays the same.  Where it does move the vector further, the
+# encoder has to be trained to ignore it; that is what VQGANPrior does.
+#
+# The names of all parts are those of the published VQGAN, so that its checkpoints can be loaded.
+
+
+def group_norm(channels):
+    """Return a normalization over groups of channels: 4 in each, or more if there are above 128.
+
+    If each channel were normalized by itself, the brightness of the patch would be lost.
+    """
+    return GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResidualBlock(Module):
+    """Two convolutions, each after a normalization and a SiLU; added to the input (n, c, h, w).
+
+    If the number of channels changes, a 1 x 1 convolution adapts the input.
+    """
+
+    def __init__(self, inputs, outputs):
         super().__init__()
         self.norm1 = group_norm(inputs)
         self.conv1 = conv3x3(inputs, outputs)
         self.norm2 = group_norm(outputs)
         self.conv2 = conv3x3(outputs, outputs)
-        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.nin_shortcut = conv1x1(inputs, outputs) if inputs != outputs else Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+    def forward(self, x):
+        y = self.conv1(silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(silu(self.norm2(y)))
 
-class PixelAttention(nn.Module):
-    """Single-head self-attention among all pixels, added to its input (n, c, h, w).
-    q, k, v are of the normalized input; scores are divided by the root of c; proj_out is last."""
-    def __init__(self, channels: int):
+
+class PixelAttention(Module):
+    """Attention among all pixels, with a single head; added to the input (n, c, h, w).
+
+    Queries, keys and values are made from the normalized input by 1 x 1 convolutions; scores are
+    divided by the root of c.  A fourth 1 x 1 convolution, proj_out, comes last.
+    """
+
+    def __init__(self, channels):
         super().__init__()
         self.norm = group_norm(channels)
-        for name in ("q", "k", "v", "proj_out"):
-            self.add_module(name, nn.Conv2d(channels, channels, 1))
+        for name in ("q", "k", "v", "proj_out"):  # self.q is the query's, and so on
+            self.add_module(name, conv1x1(channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = self.norm(x)
-        q, k, v = (layer(y).flatten(2).mT for layer in (self.q, self.k, self.v))  # (n, h w, c)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(attended.mT.reshape(x.shape))
+        query, key, value = [layer(y).flatten(2).mT for layer in (self.q, self.k, self.v)]
+        # Each is (n, h * w, c): pixels in a row, with their channels.
+        collected = scaled_dot_product_attention(query, key, value)
+        return x + self.proj_out(collected.mT.reshape(x.shape))
 
-class Level(nn.Module):
-    """The residual blocks at one resolution, each followed by attention or not."""
-    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool):
+
+def named(**parts):
+    """Return a Sequential whose parts have names, such as those of a published checkpoint."""
+    return Sequential(OrderedDict(parts))
+
+
+class Level(Module):
+    """The residual blocks of one resolution, each followed by attention or by nothing."""
+
+    def __init__(self, inputs, outputs, blocks, attention):
         super().__init__()
-        self.block = nn.ModuleList()
-        self.attn = nn.ModuleList()
+        self.block = ModuleList()
+        self.attn = ModuleList()
         for i in range(blocks):
             self.block.append(ResidualBlock(outputs if i else inputs, outputs))
-            self.attn.append(PixelAttention(outputs) if attention else nn.Identity())
+            self.attn.append(PixelAttention(outputs) if attention else Identity())
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block, attend in zip(self.block, self.attn):
-            x = attend(block(x))
+    def forward(self, x):
+        for block, attention in zip(self.block, self.attn):
+            x = attention(block(x))
         return x
 
-def middle(channels: int) -> nn.Sequential:
-    """Block, attention, block: what encoder and decoder have at the lowest resolution."""
-    return nn.Sequential(OrderedDict(block_1=ResidualBlock(channels, channels),
-                                     attn_1=PixelAttention(channels),
-                                     block_2=ResidualBlock(channels, channels)))
 
-class Encoder(nn.Module):
-    """Image to latent, halving the sides between levels.  widths: channels of input and levels."""
-    def __init__(self, widths: list[int], blocks: int, attention: list[bool], z_channels: int):
+def middle(channels):
+    """Return what encoder and decoder have at the lowest resolution: block, attention, block."""
+    return named(
+        block_1=ResidualBlock(channels, channels),
+        attn_1=PixelAttention(channels),
+        block_2=ResidualBlock(channels, channels),
+    )
+
+
+class Encoder(Module):
+    """Image to latent: one level for each of `widths`, which is its number of channels.
+
+    widths: a list; the sides halve from each level to the next.  ch: channels of the first
+    convolution.  blocks: residual blocks of a level.  attention: whether a level has it, a list.
+    z_channels: of the latent.
+    """
+
+    def __init__(self, ch, widths, blocks, attention, z_channels):
         super().__init__()
-        self.conv_in = conv3x3(3, widths[0])
-        self.down = nn.ModuleList()
-        for inputs, outputs, attends in zip(widths, widths[1:], attention):
-            self.down.append(Level(inputs, outputs, blocks, attends))
-        for level, width in zip(self.down[:-1], widths[1:]):
-            level.downsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
-        self.mid = middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = conv3x3(widths[-1], z_channels)
+        self.conv_in = conv3x3(3, ch)
+        self.down = ModuleList()
+        # Each level takes what the one before it gave.
+        for inputs, width, attends in zip([ch, *widths], widths, attention):
+            level = Level(inputs, width, blocks, attends)
+            level.downsample = named(pad=ZeroPad2d((0, 1, 0, 1)), conv=Conv2d(width, width, 3, 2))
+            self.down.append(level)
+        self.down[-1].downsample = Identity()  # the last level keeps its size
+        self.mid = middle(width)
+        self.norm_out = group_norm(width)
+        self.conv_out = conv3x3(width, z_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.down[0](self.conv_in(x))
-        for above, level in zip(self.down, self.down[1:]):
-            x = level(above.downsample["conv"](F.pad(x, (0, 1, 0, 1))))
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level.downsample(level(x))
+        x = self.mid(x)
+        return self.conv_out(silu(self.norm_out(x)))
 
-class Decoder(nn.Module):
-    """Latent to image, doubling the sides between levels, with one block a level more."""
-    def __init__(self, widths: list[int], blocks: int, attention: list[bool], z_channels: int):
+
+class Decoder(Module):
+    """Latent to image: the levels of the encoder in reverse, each with one block more.
+
+    up[0] is the level with the resolution of the image, and comes last.
+    """
+
+    def __init__(self, widths, blocks, attention, z_channels):
         super().__init__()
         self.conv_in = conv3x3(z_channels, widths[-1])
         self.mid = middle(widths[-1])
-        self.up = nn.ModuleList()  # up[0] is the level of the image itself, and comes last
-        for inputs, outputs, attends in zip(widths[2:] + widths[-1:], widths[1:], attention):
-            self.up.append(Level(inputs, outputs, blocks + 1, attends))
-        for level, width in zip(self.up[1:], widths[2:]):
-            level.upsample = nn.ModuleDict({"conv": conv3x3(width, width)})
-        self.norm_out = group_norm(widths[1])
-        self.conv_out = conv3x3(widths[1], 3)
+        self.up = ModuleList()
+        # Level i takes what level i + 1, which runs before it, gave.
+        for inputs, width, attends in zip([*widths[1:], widths[-1]], widths, attention):
+            level = Level(inputs, width, blocks + 1, attends)
+            level.upsample = named(repeat=Upsample(scale_factor=2), conv=conv3x3(width, width))
+            self.up.append(level)
+        self.up[0].upsample = Identity()
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = conv3x3(widths[0], 3)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up[1:]):
-            x = level.upsample["conv"](F.interpolate(level(x), scale_factor=2))
-        return self.conv_out(F.silu(self.norm_out(self.up[0](x))))
+        for level in reversed(self.up):
+            x = level.upsample(level(x))
+        return self.conv_out(silu(self.norm_out(x)))
 
-class Codebook(nn.Module):
-    """Vector quantization: replaces each vector by the nearest code (van den Oord et al. 2017)."""
-    def __init__(self, n_embed: int, embed_dim: int):
+
+class Codebook(Module):
+    """Vector quantization: replaces each vector by the nearest code (van den Oord et al. 2017).
+
+    To choose the nearest code is a step function: it has no useful gradient, so the encoder in
+    front of it would not learn.  The straight-through estimator pretends that the codebook was not
+    there: on the way back, the gradient of the output is handed to the input unchanged.  In code,
+
+        output = latent + (quantized - latent).detach()
+
+    has the value of `quantized`, and, as what is detached counts as a constant, the gradient of
+    `latent`.
+
+    Two problems remain.  The codes get no gradient at all, so they do not learn.  And nothing keeps
+    the latents near their codes.  A loss of two terms pulls both together.
+    Both terms are the squared distance of a latent and its code.  In one the code is detached, so
+    only the latent moves; in the other the latent is detached, so only the code moves, more slowly.
+    """
+
+    def __init__(self, n_embed, embed_dim):
         super().__init__()
-        self.embedding = nn.Embedding(n_embed, embed_dim)
-        nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
+        self.embedding = Embedding(n_embed, embed_dim)
 
-    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latent (n, d, h, w) to the quantized latent, the codes' indices (n, h, w), and a loss.
-        The gradient of the quantized latent with respect to the latent is the identity.  The loss
-        sums two mean squared errors, over all elements: one moves only the latents to their codes,
-        with weight 1, the other only the codes, with beta = 0.25, as in VQGAN's published code."""
-        vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, d)
-        codes = self.embedding.weight
-        # |v - c|^2 = |v|^2 - 2 v c + |c|^2, and |v|^2 is the same for all codes.
-        indices = (codes.square().sum(1) - 2 * vectors @ codes.T).argmin(-1)
+    def forward(self, latent):
+        """Return the quantized latent, the indices of its codes, and the loss.
+
+        latent and quantized latent: (n, embed_dim, h, w).  indices: (n, h, w).  Both terms of the
+        loss are means over all elements; the term that moves the latents has the weight 1, the one
+        that moves the codes 0.25, as in VQGAN's published code.
+        """
+        vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, embed_dim)
+        # The same list of codes is compared with the vectors of every row of every image.
+        distances = torch.cdist(vectors, self.embedding.weight[None, None])  # (n, h, w, n_embed)
+        indices = distances.argmin(-1)
         quantized = self.embedding(indices).permute(0, 3, 1, 2)
-        to_codes = F.mse_loss(latent, quantized.detach())
-        loss = to_codes + 0.25 * F.mse_loss(quantized, latent.detach())
-        return latent + (quantized - latent).detach(), indices, loss
 
-class VQGAN(nn.Module):
-    """The VQGAN of Esser et al. (2021), with the published one's names, numerics and defaults.
-    ch * ch_mult[i] channels at level i, which has half the resolution of the one before; attention
-    where that is in attn_resolutions, for images of `resolution` pixels a side.  n_embed codes of
-    embed_dim numbers.  groups: of every normalization.  Images are in [-1, 1] here."""
-    def __init__(self, ch: int = 128, ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
-                 num_res_blocks: int = 2, attn_resolutions: tuple[int, ...] = (16,),
-                 resolution: int = 256, z_channels: int = 256, n_embed: int = 1024,
-                 embed_dim: int = 256, groups: int = 32):
+        moves_latents = mse_loss(latent, quantized.detach())
+        moves_codes = mse_loss(quantized, latent.detach())
+        quantized = latent + (quantized - latent).detach()  # straight-through
+        return quantized, indices, moves_latents + 0.25 * moves_codes
+
+
+class VQGAN(Module):
+    """The autoencoder of Esser et al. (2021), with its published names and default arguments.
+
+    Level i has ch * ch_mult[i] channels and half the resolution of level i - 1.  There is attention
+    in the levels whose side is in attn_resolutions, for images of `resolution` pixels a side: with
+    256 and (16,), in the level whose features are 16 x 16.
+    n_embed codes of embed_dim numbers each.  Images are in [-1, 1] here, not in [0, 1].
+    """
+
+    def __init__(
+        self,
+        ch=128,
+        ch_mult=(1, 1, 2, 2, 4),
+        num_res_blocks=2,
+        attn_resolutions=(16,),
+        resolution=256,
+        z_channels=256,
+        n_embed=1024,
+        embed_dim=256,
+    ):
         super().__init__()
-        widths = [ch, *(ch * factor for factor in ch_mult)]
-        attention = [resolution // 2 ** level in attn_resolutions for level in range(len(ch_mult))]
-        self.encoder = Encoder(widths, num_res_blocks, attention, z_channels)
+        widths = [ch * factor for factor in ch_mult]
+        attention = [resolution // 2**level in attn_resolutions for level in range(len(ch_mult))]
+        self.encoder = Encoder(ch, widths, num_res_blocks, attention, z_channels)
         self.decoder = Decoder(widths, num_res_blocks, attention, z_channels)
         self.quantize = Codebook(n_embed, embed_dim)
-        self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
-        for module in self.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.num_groups = groups
+        self.quant_conv = conv1x1(z_channels, embed_dim)
+        self.post_quant_conv = conv1x1(embed_dim, z_channels)
 
-    def encode(self, image: Tensor) -> Tensor:
-        """Image (n, 3, h, w) to its latent before quantization, (n, embed_dim, h', w')."""
+    def encode(self, image):
+        """Return the latent (n, embed_dim, h', w') of images (n, 3, h, w), before quantization."""
         return self.quant_conv(self.encoder(image))
 
-    def decode(self, quantized: Tensor) -> Tensor:
-        """Quantized latent (n, embed_dim, h', w') to an image (n, 3, h, w)."""
+    def decode(self, quantized):
+        """Return the images (n, 3, h, w) of quantized latents (n, embed_dim, h', w')."""
         return self.decoder(self.post_quant_conv(quantized))
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image (n, 3, h, w) to its reconstruction and the codebook loss."""
+    def forward(self, image):
+        """Return the reconstruction of images (n, 3, h, w), and the loss of the codebook."""
         quantized, _, loss = self.quantize(self.encode(image))
         return self.decode(quantized), loss
 
-class Placeholder(dict):
-    """Dummy for an object in a checkpoint that is neither a tensor nor a plain container."""
-    __hash__ = object.__hash__
-    __init__ = __call__ = __setstate__ = append = extend = add = lambda self, *_, **__: None
 
-class TensorUnpickler(pickle.Unpickler):
-    """Unpickles tensors and plain containers; any other name is a Placeholder, nothing is run."""
-    KNOWN = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
-             "torch._utils._rebuild_parameter", "collections.OrderedDict", "torch.Size")
+# The prior that we can pre-train in minutes: a smaller VQGAN.  Its latents are 8 times smaller than
+# the image, and it has attention only in the middle.
+PRIOR = {
+    "ch": 32,
+    "ch_mult": (1, 1, 2, 2),
+    "num_res_blocks": 1,
+    "attn_resolutions": (),
+    "z_channels": 64,
+    "n_embed": 1024,
+    "embed_dim": 16,
+}
 
-    def find_class(self, module: str, name: str) -> type:
-        if f"{module}.{name}" in self.KNOWN or isinstance(vars(torch).get(name), torch.dtype):
-            return super().find_class(module, name)
-        return Placeholder
 
-def vqgan_arguments(weights: dict[str, Tensor]) -> dict:
-    """The arguments of a VQGAN, but for groups, from its weights; resolution is nominal."""
-    levels = len({key.split(".")[2] for key in weights if key.startswith("encoder.down.")})
-    blocks = len({key.split(".")[4] for key in weights if key.startswith("encoder.down.0.block.")})
-    ch = len(weights["encoder.conv_in.weight"])
-    widths = [len(weights[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)]
-    attends = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in weights]
-    n_embed, embed_dim = weights["quantize.embedding.weight"].shape
-    return dict(ch=ch, ch_mult=tuple(width // ch for width in widths), num_res_blocks=blocks,
-                attn_resolutions=tuple(2 ** (levels - i) for i in attends), resolution=2 ** levels,
-                z_channels=len(weights["encoder.conv_out.weight"]), n_embed=n_embed,
-                embed_dim=embed_dim)
+def pretrain(vqgan: VQGAN, images: list, steps: int, seed: int = 0, label: str = ""):
+    """Train a VQGAN in place, to give clean patches of images (3, h, w) in [0, 1] back.
 
-def load_vqgan(path: str | Path) -> VQGAN:
-    """The VQGAN in a published Lightning .ckpt, or in one of ours; runs nothing in it."""
-    reader = SimpleNamespace(__name__="reader", Unpickler=TensorUnpickler,
-                             load=lambda file, **options: TensorUnpickler(file, **options).load())
-    parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-    try:
-        if zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
-            raise ValueError("a TorchScript program, which torch.load would run")
-        content = torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)
-        weights = {k: v.float() for k, v in content["state_dict"].items() if k.startswith(parts)}
-        arguments = content.get("arguments") or vqgan_arguments(weights)
-        vqgan = VQGAN(**arguments)
-        vqgan.load_state_dict(weights)
-        vqgan.arguments = arguments  # which a checkpoint of the prior needs
-    except Exception as problem:  # an unpickler fails in as many ways as files are damaged
-        raise BadInput(f"{path} holds no VQGAN ({type(problem).__name__})") from None
-    return vqgan
+    The published VQGAN was trained with two more losses: a perceptual one, which compares features
+    of a network that was trained on other photographs, and an adversarial one, from a second
+    network that learns to tell its images from photographs.  They make details look real.  Here
+    there are neither; L1 and the loss of the codebook suffice to see what a content prior does.
 
-# Our own prior: latents 8 times smaller than the image, 1,024 codes.  8 groups: 4 channels in each,
-# as published; 32 groups would subtract each channel's mean over the patch, brightness included.
-PRIOR = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=64,
-             z_channels=64, n_embed=1024, embed_dim=16, groups=8)
+    For the first 30 % of the steps the codebook is left out.  Quantized from the start, the latents
+    are pulled to codes that mean nothing yet, and the network learns to draw hardly more than grey.
 
-def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, label="") -> None:
-    """Train a VQGAN in place, with L1 and the codebook's loss, on patches of images (3, h, w).
-    A code that was not chosen for 30 steps is replaced by a vector that the encoder just made."""
-    codes = vqgan.quantize.embedding.weight
-    optimizer = torch.optim.Adam(vqgan.parameters(), betas=(0.5, 0.9), fused=True)
-    idle = torch.zeros(len(codes), device=codes.device)  # steps since each code was chosen
-    begun = time.monotonic()
+    A code moves only if it is chosen.  One that is far from all latents is never chosen, so it
+    stays far and is wasted.  So a code that was not chosen for more than 30 steps is replaced by a
+    latent.  At first all codes count as such, so the first codes come from latents, too.
+    """
+    torch.set_num_threads(1)  # as in `train`
+    codes = vqgan.quantize.embedding.weight  # (n_embed, embed_dim)
+    idle = torch.full(codes.shape[:1], 31, device=codes.device)  # steps since a code was chosen
+    optimizer = Adam(vqgan.parameters(), betas=(0.5, 0.9), fused=True)
+    report = make_progress(label, steps)
+
     for step in range(steps):
         rng = stream(seed, "pretraining", step)
-        # Normalization depends on the size of the patch, so train on two sizes in turns.
+        # Normalization takes its mean over the whole patch.  Two sizes of patches in turn keep the
+        # network from depending on one size.
         n, side = (2, 80) if step % 2 else (8, 40)
         clean = 2 * sample_patches(images, n, side, rng).to(codes.device) - 1
-        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 50) * decay
-        latent = vqgan.encode(clean)
-        quantized, indices, codebook_loss = vqgan.quantize(latent)
-        loss = F.l1_loss(vqgan.decode(quantized), clean) + codebook_loss
+        quantized = latent = vqgan.encode(clean)  # (n, embed_dim, h', w')
+        codebook_loss = 0
+
+        if step >= 0.3 * steps:
+            vectors = latent.detach().permute(0, 2, 3, 1).flatten(0, 2)  # (n h' w', embed_dim)
+            unused = (idle > 30).nonzero()[: len(vectors), 0]
+            picked = rng.permutation(len(vectors))[: len(unused)]
+            codes.data[unused] = vectors[from_numpy(picked)]  # .data: not seen by autograd
+            idle[unused] = 0
+            quantized, indices, codebook_loss = vqgan.quantize(latent)
+            idle += 1
+            idle[indices.flatten()] = 0
+
+        loss = l1_loss(vqgan.decode(quantized), clean) + codebook_loss
+        rate = 1e-3 * min(1, step / 50)  # rises from 0 at first
+        optimizer.param_groups[0]["lr"] = rate * cosine_decay(step, steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        idle += 1
-        idle[indices.flatten()] = 0
-        if step < 0.8 * steps:  # later replacements would have no time to learn
-            vectors = latent.detach().permute(0, 2, 3, 1).flatten(0, 2)
-            dead = (idle > 30).nonzero()[:len(vectors), 0]
-            chosen = rng.permutation(len(vectors))[:len(dead)]
-            codes.data[dead] = vectors[torch.from_numpy(chosen).to(codes.device)]
-            idle[dead] = 0
-        print_progress(label, step + 1, steps, loss.item(), begun)
+        report(step + 1, f"steps, loss {loss.item():.4f}")
 
-class VQGANPrior(nn.Module):
-    """A pre-trained VQGAN as a restoration network: it draws from codes of clean images only.
-    Codebook and decoder are frozen; the encoder learns to find the clean codes in degraded images.
-    vqgan: a VQGAN, copied, or its arguments.  Images in [0, 1]; forward keeps size, unclamped."""
-    rate = 5e-4  # for `train`; a higher learning rate destroys what the encoder has learned
 
-    def __init__(self, vqgan: VQGAN | dict):
+class VQGANPrior(Module):
+    """A restoration network that draws with the codes of clean images only.
+
+    It starts from a pre-trained VQGAN.  The codebook and the decoder are frozen: their weights do
+    not change any more, so whatever comes out was assembled from codes of clean images.  The
+    encoder is fine-tuned: it learns to find, in a degraded image, the codes of the clean one.
+
+        degraded --encoder (learns)--> latent --codebook--> codes --decoder--> restored
+                                          ^                      (both frozen)
+                                          |  should be near to
+                                          v
+        clean --teacher (frozen)--> latent --codebook--> codes
+
+    Gradients pass through frozen layers, and straight through the codebook, to the encoder.
+    The teacher is a copy of the encoder as it was pre-trained.  It tells the codes of the clean
+    image, which would drift if the encoder in training told them itself.
+
+    vqgan: a VQGAN, which is copied; or the arguments of one.  Images in and out are in [0, 1].
+    """
+
+    rate = 5e-4  # for `train`: at a higher learning rate the encoder forgets what it was taught
+
+    def __init__(self, vqgan):
         super().__init__()
-        self.vqgan = VQGAN(**vqgan) if isinstance(vqgan, dict) else copy.deepcopy(vqgan)
-        self.teacher = copy.deepcopy(nn.Sequential(self.vqgan.encoder, self.vqgan.quant_conv))
+        self.vqgan = VQGAN(**vqgan) if isinstance(vqgan, dict) else deepcopy(vqgan)
+        # The encoder in two parts, the same layers as in self.vqgan.  Only these will learn.
+        encoder = Sequential(self.vqgan.encoder, self.vqgan.quant_conv)
+        self.teacher = deepcopy(encoder)
         self.requires_grad_(False)
-        self.vqgan.encoder.requires_grad_(True)
-        self.vqgan.quant_conv.requires_grad_(True)
+        encoder.requires_grad_(True)
 
-    def prepare(self, image: Tensor) -> Tensor:
-        """An image in [0, 1] as the encoder takes it: padded, and in [-1, 1]."""
+    def prepare(self, image):
+        """Return an image (n, 3, h, w) as the encoder takes it: padded, and in [-1, 1]."""
+        # Each level except the last halves the sides.
         return 2 * pad_to_multiple(image, 2 ** (len(self.vqgan.encoder.down) - 1)) - 1
 
-    def draw(self, latent: Tensor, shape: torch.Size) -> Tensor:
-        """What the decoder draws of the codes nearest to a latent, in [0, 1], cut to a shape."""
+    def draw(self, latent, shape):
+        """Return what the decoder draws from the codes nearest to a latent, cut to a shape."""
         quantized, _, _ = self.vqgan.quantize(latent)
-        return (self.vqgan.decode(quantized)[..., :shape[2], :shape[3]] + 1) / 2
+        return (self.vqgan.decode(quantized)[..., : shape[2], : shape[3]] + 1) / 2
 
-    def forward(self, degraded: Tensor) -> Tensor:
+    def forward(self, degraded):
         return self.draw(self.vqgan.encode(self.prepare(degraded)), degraded.shape)
 
-    def loss(self, degraded: Tensor, clean: Tensor) -> Tensor:
-        """L1, plus the mean squared distance of the encoder's latent of the degraded image, before
-        quantization, from the quantized latent that `teacher` makes of the clean one."""
-        with torch.no_grad():
-            codes, _, _ = self.vqgan.quantize(self.teacher(self.prepare(clean)))
+    def loss(self, degraded, clean):
+        """Return the loss of fine-tuning for a batch: a distance of latents, and L1 of images.
+
+        The first is the mean squared distance of the degraded image's latent, before quantization,
+        from the quantized latent that the teacher makes of the clean image.
+        """
+        with no_grad():
+            clean_codes, _, _ = self.vqgan.quantize(self.teacher(self.prepare(clean)))
         latent = self.vqgan.encode(self.prepare(degraded))
-        return F.mse_loss(latent, codes) + F.l1_loss(self.draw(latent, clean.shape), clean)
+        return mse_loss(latent, clean_codes) + l1_loss(self.draw(latent, clean.shape), clean)
 
-NETWORKS["prior"] = VQGANPrior
 
-# ---- 5  Training: what does the network actually learn from? -------------------------------------
-# From pairs: a clean patch, one of n backgrounds, and the same patch in rain drawn anew each step.
-# The number of steps is the same whatever n is: n counts distinct backgrounds, never compute.
+# ---- 7  Main job: do fewer backgrounds make a network remove rain that it never saw? ------------
+#
+# Two copies of one network start from the same weights and are trained side by side in the same
+# rain, one on few backgrounds, one on many.  While they train, both are measured on other images,
+# in rain of the training range and in unseen rain.
 
-PATCH, BATCH = 40, 8  # side of a training patch in pixels, and patches in a step
-RATE = 2e-3  # Adam's learning rate at the start
+IMAGE = 256  # side of a drawn background, in pixels
+TEST_PATCHES, TEST_PATCH = 16, 128  # test images: how many, and their side in pixels
+OUTPUTS = ("rainy", "opening 5", "opening 7", "few", "many")  # what the main job measures
 
-def train(network: nn.Module, backgrounds: Tensor, degrade: Callable, steps: int, seed: int = 0,
-          label: str = "") -> list[float]:
-    """Train a network in place to undo `degrade`; returns the loss of every step.
-    backgrounds: clean patches (n, 3, h, w) in [0, 1].  A step: BATCH drawn with replacement, each
-    mirrored (left to right) with a chance of one half, degraded; the gradient of L1, or of
-    network.loss(degraded, clean); Adam at the rate RATE, or network.rate, times
-    (1 + cos(pi step / steps)) / 2, with steps from 0."""
-    device = next(network.parameters()).device
-    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], fused=True)
-    peak_rate = getattr(network, "rate", RATE)
-    own_loss = getattr(network, "loss", None)
-    losses = []
-    begun = time.monotonic()
-    for step in range(steps):
-        rng = stream(seed, "training", step)
-        clean = backgrounds[torch.from_numpy(rng.integers(len(backgrounds), size=BATCH))]
-        mirrored = torch.from_numpy(rng.random((BATCH, 1, 1, 1)) < 0.5)
-        clean = torch.where(mirrored, clean.flip(-1), clean)
-        degraded = degrade(clean, rng)
-        clean = clean.to(device, memory_format=torch.channels_last)
-        degraded = degraded.to(device, memory_format=torch.channels_last)
-        optimizer.param_groups[0]["lr"] = peak_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = own_loss(degraded, clean) if own_loss else F.l1_loss(network(degraded), clean)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        print_progress(label, step + 1, steps, losses[-1], begun)
-    return losses
 
-def save_checkpoint(path: str | Path, network: nn.Module, net: str, arguments: dict) -> None:
-    """Write a network's weights, its name in NETWORKS, and the arguments that it was made with."""
-    with open(path, "wb") as file:  # (given a path, torch.save would write the file's name into it)
-        torch.save({"net": net, "arguments": arguments, "state_dict": network.state_dict()}, file)
+def untrained(rainy):
+    """Return what every network is compared with: the rainy images, and two openings of them."""
+    return {"rainy": rainy, "opening 5": opening(rainy), "opening 7": opening(rainy, 7)}
+
+
+def test_images(held_out, rain, seed):
+    """Return clean test images, the same in rain, and the openings of these."""
+    clean = sample_patches(held_out, TEST_PATCHES, TEST_PATCH, stream(seed, "test patches"))
+    rainy = rain_degradation(RAIN[rain])(clean, stream(seed, "test", rain))
+    return {"clean": clean, **untrained(rainy)}
+
+
+def few_against_many(
+    training: list,
+    held_out: list,
+    few: int = 8,
+    many: int = MANY,
+    net: str = "resnet",
+    rain: str = "small",
+    steps: int = 1600,
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple:
+    """Train one network on few backgrounds and its twin on many; measure both while they train.
+
+    training, held_out: images (3, h, w) to learn from, and others to test on.
+    Returns rows and pictures.  A row holds a step, a rain ("unseen", or the one of training), an
+    output (one of OUTPUTS), its number n of backgrounds (0 if it was not trained), and its measures
+    over all test images after that step.
+    pictures[rain][output] holds the images at the end; pictures[rain]["clean"] the clean ones.
+    """
+    pictures = {kind: test_images(held_out, kind, seed) for kind in ("unseen", rain)}
+    numbers = {"few": few, "many": many}
+    networks = {name: build_network(NETWORKS[net], seed).to(device) for name in numbers}
+    points = range(steps, 0, -max(1, steps // 16))  # the steps at which to measure
+    rows = []
+    stopped = []  # filled when the main thread has ended its wait, also by Ctrl-C
+
+    def measure(name, when):
+        """Append the rows of an output, as it is now, for all steps in `when`."""
+        for kind, images in pictures.items():
+            if name in networks:
+                images[name] = predict(networks[name], images["rainy"])
+            measures = decoupled_evaluation(images[name], images["rainy"], images["clean"])
+            about = {"rain": kind, "output": name, "n": numbers.get(name, 0)}
+            rows.extend({"step": step, **about, **measures} for step in when)
+
+    def after_step(name, step):
+        if stopped:
+            raise KeyboardInterrupt
+        if step in points:
+            measure(name, [step])
+
+    # Each network is trained in a thread of its own.  A GPU does better with one after the other.
+    degrade = rain_degradation(RAIN[rain])
+    with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
+        jobs = []
+        try:
+            for name, n in numbers.items():
+                patches = training_patches(training, n, seed)
+                options = (steps, seed, f"{n} backgrounds", partial(after_step, name))
+                jobs.append(pool.submit(train, networks[name], patches, degrade, *options))
+            for name in OUTPUTS[:3]:
+                measure(name, points)
+            for job in jobs:
+                job.result()  # waits for the thread; raises what went wrong in it
+        finally:
+            stopped.append(True)  # the threads should not go on alone
+
+    order = [*pictures, *OUTPUTS]
+    rows.sort(key=lambda row: (row["step"], order.index(row["rain"]), order.index(row["output"])))
+    return rows, pictures
+
+
+def figure_headline(rows: list, pictures: dict) -> Figure:
+    """Draw how much unseen rain is left while both networks train, and the first test image."""
+    figure = Figure((11, 7.5), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.7, 1))
+    top.suptitle("Two copies of one network learn to remove rain.  How much unseen rain is left?")
+    axes = top.subplots()
+    axes.set(xlabel="training step", ylabel="unseen rain that is left (%)")
+    names = {"rainy": "unseen rain", "clean": "clean image"}
+    colours = {"few": "#0072b2", "many": "#d55e00", "opening 5": "0.5", "opening 7": "0.5"}
+
+    for output, colour in colours.items():
+        curve = [row for row in rows if row["rain"] == "unseen" and row["output"] == output]
+        steps = [row["step"] for row in curve]
+        left = [row["rain_left"] for row in curve]
+        n = curve[0]["n"]
+        names[output] = f"{n:,} backgrounds" if n else f"{output} (never trained)"
+        axes.plot(steps, left, "o-" if n else "--", color=colour)
+        label = f"  {names[output]}: {left[-1]:.0f} %"
+        # At the end of the curve of a network; at the left for an opening, whose n is 0.
+        axes.text(n and steps[-1], left[-1] + 1, label, color=colour, size=12)
+    axes.axis((0, 1.3 * steps[-1], 0, 105))
+
+    for axes, name in zip(bottom.subplots(1, 5), ("rainy", "opening 7", "few", "many", "clean")):
+        axes.imshow(pictures["unseen"][name][0].permute(1, 2, 0))
+        axes.set(title=names[name], xticks=[], yticks=[])
+    return figure
+
+
+# ---- 8  Files and command line: how are images and networks read, written and used? -------------
+#
+# Nothing of the paper is in this section.  `python derain.py --help` lists the commands.
+
+
+def write_file(path, content):
+    """Write bytes to a file and print its path; raises BadInput.
+
+    The content is first written under another name, so that `path` never holds half a file.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as problem:
+        raise BadInput(f"{path} cannot be written: {problem.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
     print(f"wrote {path}")
 
-def load_checkpoint(path: str | Path) -> nn.Module:
-    """The network that save_checkpoint wrote, on the CPU; runs nothing in the file."""
+
+def prepare_folder(file):
+    """Make the folder of a file, and try to write into it, so that no result is lost after work."""
+    folder = file.parent
+    if file.is_dir():
+        raise BadInput(f"{file} is a folder; give the name of a file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        network = NETWORKS[content["net"]](**content["arguments"])
-        network.load_state_dict(content["state_dict"])
-    except Exception as problem:  # an unpickler fails in as many ways as files are damaged
-        raise BadInput(f"{path} is no checkpoint of `train` ({type(problem).__name__})") from None
-    return network.to(memory_format=torch.channels_last)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as problem:
+        raise BadInput(f"cannot write into {folder}: {problem.strerror}") from None
 
-# ---- 6  Decoupled evaluation: was the rain removed, and was the background kept? -----------------
-# The clean image shows where it rained, so the two can be asked apart (paper, Fig. 2).
 
-RAIN_THRESHOLD = 4 / 255  # fainter rain is invisible, and not counted as rain
+def write_table(path, rows):
+    """Write rows (dicts) as a .csv; what could not be measured (NaN) is an empty cell."""
+    text = StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(rows[0])
+    for row in rows:
+        # Only NaN differs from itself.
+        table.writerow("" if cell != cell else cell for cell in row.values())
+    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
-def rain_mask(rainy: Tensor, clean: Tensor) -> Tensor:
-    """M (n, 1, h, w): whether |rainy - clean| > RAIN_THRESHOLD + 1e-6 in some channel."""
-    difference = (rainy - clean).abs().amax(1, keepdim=True)
-    return difference > RAIN_THRESHOLD + 1e-6  # which 4 of 255 grey levels never are, when rounded
 
-def decoupled_evaluation(output: Tensor, rainy: Tensor, clean: Tensor) -> dict[str, float]:
-    """Measure rain removal and background reconstruction apart, for images (n, 3, h, w) in [0, 1].
-    With M the rain mask, and in grey levels from 0 to 255, returns:
-      E_R        RMS(output - rainy) on M: what was changed where it rained; higher is better, up to
-                 E_R_ideal.  Damage raises it too, so it is never read without E_W.
-      E_R_ideal  RMS(clean - rainy) on M: the E_R of a perfect output.
-      E_W        RMS(output - clean) on M (W: wet): rain left, or damage; lower is better.
-      E_B        RMS(output - clean) off M: what was broken elsewhere; lower is better.
-      psnr, ssim over whole images; ssim is NaN for images below 11x11.
-    An RMS is one root of one mean over all pixels and channels of the set, NaN if it is empty.  So
-    255^2 MSE = |M| E_W^2 + (1 - |M|) E_B^2, with |M| the share of wet pixels.  Raises ValueError if
-    the shapes differ.  (Paper, Section 3; E_W is ours.)"""
-    if not output.shape == rainy.shape == clean.shape:
-        raise ValueError("output, rainy and clean differ in shape")
-    wet = rain_mask(rainy, clean).expand_as(clean)
-    def rms(difference: Tensor) -> float:
-        return 255 * difference.double().square().mean().sqrt().item()
-    large = min(clean.shape[-2:]) >= 11
-    return {"E_R": rms((output - rainy)[wet]), "E_R_ideal": rms((clean - rainy)[wet]),
-            "E_W": rms((output - clean)[wet]), "E_B": rms((output - clean)[~wet]),
-            "psnr": psnr(output, clean), "ssim": ssim(output, clean) if large else math.nan}
+def print_table(rows):
+    """Print rows (dicts) under a header; what could not be measured (NaN) is "-"."""
+    print(*(f"{key:>10}" for key in rows[0]))
+    for row in rows:
+        cells = [f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row.values()]
+        print(*(f"{'-' if cell == 'nan' else cell:>10}" for cell in cells))
 
-def psnr(output: Tensor, clean: Tensor) -> float:
-    """Peak signal-to-noise ratio, -10 log10(MSE) dB, of images (n, 3, h, w); mean over the n.
-    Infinite for equal images.  Raises ValueError if the shapes differ."""
-    if output.shape != clean.shape:
-        raise ValueError("output and clean differ in shape")
-    mse = (output.double() - clean.double()).square().flatten(1).mean(1)  # (n,)
-    return (-10 * torch.log10(mse)).mean().item()
 
-def ssim(output: Tensor, clean: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004) of images (n, 3, h, w) in [0, 1]; mean over images.
-    With means m, variances v, covariance c under an 11x11 Gaussian window of sigma 1.5 and sum 1,
-    (2 m_x m_y + C1) (2 c + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2)), C1 = 0.01^2, C2 = 0.03^2,
-    of each channel, averaged where the window fits.  ValueError: shapes differ, or below 11x11."""
-    if output.shape != clean.shape or min(clean.shape[-2:]) < 11:
-        raise ValueError("SSIM needs two images of one shape, of 11x11 pixels or more")
-    window = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
-    window = window / window.sum()
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    def blur(image: Tensor) -> Tensor:  # (1, h, w) to (1, h - 10, w - 10): columns, then rows
-        return F.conv2d(F.conv2d(image, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
+def save_figure(figure, rows, path):
+    """Write a figure as a .png, and the numbers behind it as a .csv of the same name."""
+    prepare_folder(path)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=110, metadata={"Software": None})
+    write_file(path, picture.getvalue())
+    write_table(path.with_suffix(".csv"), rows)
 
-    similarity = []
-    for x, y in zip(output.flatten(0, 1), clean.flatten(0, 1)):  # one by one, to bound the memory
-        x, y = x.double()[None], y.double()[None]
-        mean_x, mean_y = blur(x), blur(y)
-        variances = blur(x * x) - mean_x ** 2 + blur(y * y) - mean_y ** 2
-        covariance = blur(x * y) - mean_x * mean_y
-        similarity.append(((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-                           / ((mean_x ** 2 + mean_y ** 2 + c1) * (variances + c2))).mean())
-    return torch.stack(similarity).mean().item()
 
-def opening(images: Tensor, size: int = 5) -> Tensor:
-    """Morphological opening of images (n, 3, h, w): the largest of the smallest in size x size.
-    The untrained yardstick: it removes whatever is bright and thinner than `size`."""
-    smallest = -F.max_pool2d(-images, size, 1, size // 2)
-    return F.max_pool2d(smallest, size, 1, size // 2)
+def each(work, items, label=""):
+    """Return work(item) of all items; where that raises BadInput, say so in one line and go on.
 
-@torch.no_grad()
-def predict(network: nn.Module, images: Tensor) -> Tensor:
-    """The network's output for images (n, 3, h, w), clipped to [0, 1]; 16 at a time, for memory."""
-    device = next(network.parameters()).device
-    chunks = images.contiguous(memory_format=torch.channels_last).split(16)
-    return torch.cat([network(chunk.to(device)).clamp(0, 1).cpu() for chunk in chunks])
+    Raises BadInput if nothing is left.
+    """
+    report = make_progress(label, len(items))
+    results = []
+    for done, item in enumerate(items, 1):
+        try:
+            results.append(work(item))
+        except BadInput as problem:
+            print("skipped:", *str(problem).split(), file=sys.stderr)
+        report(done, "files")
+    if not results:
+        raise BadInput("none of the files can be used")
+    return results
 
-def restore(network: nn.Module, image: Tensor, tile: int = 512, margin: int = 32) -> Tensor:
-    """Restore an image (3, h, w) of any size, by tiles with a margin each, to bound the memory."""
-    output = torch.empty_like(image)
-    for top in range(0, image.shape[1], tile):
-        for left in range(0, image.shape[2], tile):
-            y, x = max(top - margin, 0), max(left - margin, 0)
-            piece = image[None, :, y:top + tile + margin, x:left + tile + margin]
-            restored = predict(network, piece)[0, :, top - y:, left - x:]
-            output[:, top:top + tile, left:left + tile] = restored[:, :tile, :tile]
-    return output
 
-# ---- 7  Main job: do fewer backgrounds make a network remove rain that it never saw? -------------
+# What Pillow decodes itself.  Others, such as EPS, it gives to programs that run what is in them.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = Image.registered_extensions()  # {".png": "PNG", ...}
 
-IMAGE, MANY = 256, 1024  # side of a drawn background in pixels, and number of backgrounds
-TEST_PATCHES, TEST_PATCH = 48, 128  # number and side
 
-def training_and_held_out(path: str | None, category: str, seed: int) -> tuple[list, list]:
-    """Images (3, h, w) to train on and others to test on: drawn, or photographs if path is given.
-    Photographs are split by image, not by patch.  Raises BadInput if fewer than two are usable."""
-    def drawn(part: str, n: int) -> list[Tensor]:
-        return [draw_background(category, IMAGE, stream(seed, part, i)) for i in range(n)]
+def open_image(path):
+    """Decode an image file, upright, as RGB: (3, h, w) in [0, 1].  Raises BadInput if it fails."""
+    try:
+        picture = Image.open(path, formats=FORMATS)
+        if picture.width * picture.height > 100e6:
+            raise ValueError("it has more than 100 megapixels; make it smaller")
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # grey of 16 bits, which convert() would clip
+            array = np.array(picture)[..., None] / 257  # (h, w, 1), from 0 to 255
+        else:
+            array = np.array(picture.convert("RGB"))
+    except Exception as problem:  # decoders fail in as many ways as files are damaged
+        raise BadInput(f"{path} cannot be read as an image: {problem}") from None
+    return from_numpy(array).float().permute(2, 0, 1).expand(3, -1, -1) / 255
+
+
+def save_image(image, path):
+    """Write an image (3, h, w) in [0, 1], in the format that the path's suffix names."""
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind not in FORMATS:
+        raise BadInput(f"{path} should end in .png, .jpg or the like ({' '.join(FORMATS)})")
+    array = (255 * image).round().byte().permute(1, 2, 0).numpy()
+    content = BytesIO()
+    Image.fromarray(array).save(content, kind, quality=95)
+    write_file(path, content.getvalue())
+
+
+def image_files(folder):
+    """Return the image files in a folder and its subfolders, sorted; BadInput if there are none."""
+    files = [file for file in folder.rglob("*") if SUFFIXES.get(file.suffix.lower()) in FORMATS]
+    if not files:
+        raise BadInput(f"{folder} is no folder with images ({' '.join(FORMATS)})")
+    return sorted(files)
+
+
+def load_images(path: Path, smallest: int = 1) -> list:
+    """Load an image file, or all in a folder and its subfolders: (3, h, w) each, in [0, 1].
+
+    What is broken, or has a side below `smallest`, is left out and named.  Images are cropped to
+    their middle, to a side at which all together take 0.5 GB at most.  Raises BadInput if none is
+    left.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else image_files(path)
+    side = int((40e6 / len(files)) ** 0.5)  # 40 million pixels take 0.5 GB
+    if side < smallest:
+        raise BadInput(f"{path} has {len(files):,} images, too many for the memory; give fewer")
+
+    def load(file):
+        image = open_image(file)
+        _, height, width = image.shape
+        if min(height, width) < smallest:
+            raise BadInput(f"{file} is smaller than {smallest} x {smallest} pixels")
+        top = max(0, height - side) // 2
+        left = max(0, width - side) // 2
+        return image[:, top : top + side, left : left + side].clone()
+
+    return each(load, files)
+
+
+def training_and_held_out(path, seed):
+    """Return images (3, h, w) to train on and others to test on.
+
+    They are three quarters and one quarter of the photographs in `path`, or drawn faces if there is
+    no path.  Raises BadInput if fewer than two photographs can be used.
+    """
     if not path:
-        return drawn("backgrounds", 64), drawn("held-out backgrounds", 16)
+        faces = [from_numpy(draw_face(IMAGE, stream(seed, "backgrounds", i))) for i in range(80)]
+        return faces[:64], faces[64:]
     images = load_images(path, smallest=TEST_PATCH)
     if len(images) < 2:
-        raise BadInput(f"{path}: one photograph cannot be split into training and test; give more")
+        raise BadInput(f"{path} has one photograph; give two or more, to train and to test on")
     images = [images[i] for i in stream(seed, "split").permutation(len(images))]
     count = max(1, len(images) // 4)
     return images[count:], images[:count]
 
-def training_patches(images: list[Tensor], n: int, seed: int, third: str = "any") -> Tensor:
-    """n backgrounds (n, 3, PATCH, PATCH): the first of MANY, so that the few are among the many.
-    third: "low" or "high" for the least or the most sharp third of 3 n patches (paper, Fig. 5)."""
-    if third == "any":
-        return sample_patches(images, max(n, MANY), PATCH, stream(seed, "patches"))[:n]
-    patches = sample_patches(images, 3 * n, PATCH, stream(seed, "patches"))
-    order = sharpness(patches).argsort()
-    return patches[order[:n] if third == "low" else order[-n:]]
 
-def few_against_many(training: list[Tensor], held_out: list[Tensor], few: int = 8, many: int = MANY,
-                     net: str = "resnet", rain: str = "small", steps: int = 2500, seed: int = 0,
-                     device: str = "cpu") -> tuple[list[dict], dict[str, dict[str, Tensor]]]:
-    """Train a network on few backgrounds, its twin on many; test both in unseen and in `rain`.
-    Both start from the same weights and meet the same rain.  Returns a row of measures for each
-    rain and output ("rainy", "opening", "few", "many"), and by rain the images, "clean" as well."""
-    numbers = {"few": few, "many": many}
-    networks = {name: build_network(NETWORKS[net], seed).to(device) for name in numbers}
+def save_checkpoint(path: Path, network: Module, net: str, arguments: dict):
+    """Write a network's weights, its kind ("resnet", "prior", "vqgan", ...), and its arguments."""
+    content = {"format": 2, "net": net, "arguments": arguments}
+    file = BytesIO()
+    torch.save({**content, "state_dict": network.state_dict()}, file)
+    write_file(Path(path), file.getvalue())
 
-    for name, network in networks.items():
-        patches = training_patches(training, numbers[name], seed)
-        train(network, patches, rain_degradation(RAIN[rain]), steps, seed, label=name)
-    clean = sample_patches(held_out, TEST_PATCHES, TEST_PATCH, stream(seed, "test patches"))
-    rows, pictures = [], {}
-    for kind in ("unseen", rain):
-        rainy = rain_degradation(RAIN[kind])(clean, stream(seed, "test", kind))
-        outputs = {"rainy": rainy, "opening": opening(rainy)}
-        for name, network in networks.items():
-            outputs[name] = predict(network, rainy)
-        for name, output in outputs.items():
-            measured = decoupled_evaluation(output, rainy, clean)
-            rows.append({"rain": kind, "output": name, "n": numbers.get(name, 0), **measured})
-        pictures[kind] = {**outputs, "clean": clean}
-    return rows, pictures
 
-def print_table(rows: list[dict]) -> None:
-    """Print rows, numbers with two digits behind the point."""
-    print("".join(f"{key:>11}" for key in rows[0]))
-    for row in rows:
-        cells = (f"{v:.2f}" if isinstance(v, float) else v for v in row.values())
-        print("".join(f"{cell:>11}" for cell in cells))
+def with_weights(make, arguments, weights):
+    """Return make(**arguments) with these weights; raises an exception if they do not fit."""
+    with torch.device("meta"):  # a trial without memory, so that a wrong size costs none
+        make(**arguments).load_state_dict(weights, assign=True)
+    network = build_network(make, **arguments)
+    network.load_state_dict(weights)
+    return network
 
-def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) -> Figure:
-    """The first test image in both rains, with the numbers of the whole test set."""
-    figure = Figure(figsize=(11.5, 5.4), layout="constrained")
-    grid = figure.subplots(2, 5, subplot_kw={"xticks": [], "yticks": []})
-    for line, (rain, images) in zip(grid, pictures.items()):
-        line[0].set_ylabel("unseen rain" if rain == "unseen" else "rain as in training")
-        for axes, name in zip(line, images):
-            axes.imshow(images[name][0].permute(1, 2, 0).numpy())
-            axes.set_title(name)
-    for axes, row in zip(grid[:, :4].flat, rows):
-        if row["n"]:
-            axes.set_title(f"{row['n']} backgrounds")
-        axes.set_xlabel("E_W {E_W:.0f}, E_B {E_B:.0f}, {psnr:.1f} dB".format(**row))
-    figure.suptitle("E_W: error where it rained, E_B: error elsewhere, in grey levels over all test"
-                    " images (lower is better).  PSNR: higher is better.", fontsize=10)
-    return figure
 
-def save_figure(figure: Figure, rows: list[dict], path: Path) -> None:
-    """Write a figure, and the numbers behind it as a .csv of the same name; print both paths."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    print(f"wrote {path} and {path.with_suffix('.csv')}")
+def load_checkpoint(path: Path) -> Module:
+    """Return the restoration network in a file of `train`, on the CPU; nothing in the file is run.
 
-# ---- 8  Command line: python derain.py --help ----------------------------------------------------
+    Raises BadInput if the file is anything else, or was written by the first edition
+    of this project, whose networks did not add their input.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        make = {**NETWORKS, "prior": VQGANPrior}[content["net"]]
+        if content["format"] != 2:
+            raise ValueError
+        return with_weights(make, content["arguments"], content["state_dict"])
+    except Exception as problem:  # an unpickler fails in as many ways as files are damaged
+        raise BadInput(
+            f"{path} is no network of this edition's `derain.py train` ({type(problem).__name__})"
+        ) from None
 
-def save_image(image: Tensor, path: Path) -> None:
-    """Write an image (3, h, w) in the format that the path's suffix names, and print the path."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise BadInput(f"{path} should end in one of {' '.join(SUFFIXES)}")
-    Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy()).save(path, quality=95)
-    print(f"wrote {path}")
 
-def command_main(args: argparse.Namespace) -> None:
-    images = training_and_held_out(args.backgrounds, args.category, args.seed)
-    rows, pictures = few_against_many(*images, args.few, args.many, args.net, args.rain, args.steps,
-                                      args.seed, args.device)
+class Placeholder:
+    """Stands for whatever a checkpoint names that is no tensor and no plain container.
+
+    load_vqgan, below, uses it.  Python's unpickler calls both methods, which do nothing.
+    """
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def load_vqgan(path: Path) -> VQGAN:
+    """Return the VQGAN in a file of `vqgan`, or in a published one, on the CPU.
+
+    Published ones are those of Esser et al. (2021) with latents 16 times smaller than the image.
+    They name classes of packages that are not installed here.  Each is replaced by a Placeholder,
+    and nothing in the file is run.  Raises BadInput if the file holds no such VQGAN.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Placeholder, name) for name in names]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        items = content["state_dict"].items()
+        weights = {name: value for name, value in items if not name.startswith("loss.")}
+        n_embed = len(weights["quantize.embedding.weight"])
+        arguments = content.get("arguments", {"n_embed": n_embed})
+        vqgan = with_weights(VQGAN, arguments, weights)
+    except Exception as problem:  # an unpickler fails in as many ways as files are damaged
+        expected = "a file of `derain.py vqgan` or a published VQGAN with f = 16 was expected"
+        raise BadInput(f"{path}: {expected} ({type(problem).__name__})") from None
+    vqgan.arguments = arguments  # for the checkpoint of a prior
+    return vqgan
+
+
+# The commands.  Each docstring has three lines, which --help shows: what it does, its usage, and an
+# example.  The arguments are the command's options.  If it works on several files, it returns how
+# many of them failed.
+
+
+def run_compare(backgrounds, few, many, net, rain, steps, seed, device, out):
+    """Train on few and on many backgrounds, measure in unseen rain, draw headline.png (default).
+
+    derain.py [compare] [OPTIONS]
+    example: python derain.py --seed 1
+    """
+    path = out / "headline.png"
+    prepare_folder(path)
+    images = training_and_held_out(backgrounds, seed)
+    rows, pictures = few_against_many(*images, few, many, net, rain, steps, seed, device)
+    print_table(rows[-2 * len(OUTPUTS) :])  # of the last step
+    save_figure(figure_headline(rows, pictures), rows, path)
+
+
+def run_rain(photo, range, seed, output):
+    """Add rain to a photograph.
+
+    derain.py rain PHOTO -o FILE [OPTIONS]
+    example: python derain.py rain photo.jpg -o rainy.png
+    """
+    prepare_folder(output)
+    degrade = rain_degradation(RAIN[range])
+    save_image(degrade(open_image(photo)[None], stream(seed, "rain command"))[0], output)
+
+
+def run_train(backgrounds, n, third, net, rain, vqgan, steps, seed, device, output):
+    """Train a network, and measure it on images that it was not trained on.
+
+    derain.py train -o MODEL [OPTIONS]
+    example: python derain.py train --backgrounds photos/ -o model.pt
+    """
+    prepare_folder(output)
+    training, held_out = training_and_held_out(backgrounds, seed)
+    arguments = {}
+    if vqgan:
+        net = "prior"
+        vqgan = load_vqgan(vqgan)
+        arguments = {"vqgan": vqgan.arguments}
+    network = VQGANPrior(vqgan) if vqgan else build_network(NETWORKS[net], seed)
+    network.to(device)
+    patches = training_patches(training, n, seed, third)
+    train(network, patches, rain_degradation(RAIN[rain]), steps, seed, net)
+    save_checkpoint(output, network, net, arguments)
+
+    rows = []
+    for kind in (rain, "unseen"):
+        images = test_images(held_out, kind, seed)
+        clean = images.pop("clean")
+        images[net] = predict(network, images["rainy"])
+        for name in images:
+            measures = decoupled_evaluation(images[name], images["rainy"], clean)
+            rows.append({"rain": kind, "output": name, **measures})
+    print(f"on {len(held_out)} images that were not trained on:")
     print_table(rows)
-    save_figure(figure_headline(rows, pictures), rows, args.out / "headline.png")
 
-def command_rain(args: argparse.Namespace) -> None:
-    clean = open_image(args.photo)[None]
-    rainy = rain_degradation(RAIN[args.range])(clean, stream(args.seed, "rain command"))
-    save_image(rainy[0], args.output)
 
-def command_train(args: argparse.Namespace) -> None:
-    images, _ = training_and_held_out(args.backgrounds, args.category, args.seed)
-    if args.vqgan:
-        vqgan = load_vqgan(args.vqgan)
-        net, network, arguments = "prior", VQGANPrior(vqgan), {"vqgan": vqgan.arguments}
-    else:
-        net, network, arguments = args.net, build_network(NETWORKS[args.net], args.seed), {}
-    patches = training_patches(images, args.n, args.seed, "low" if args.simple else "any")
-    degrade = rain_degradation(RAIN[args.rain])
-    train(network.to(args.device), patches, degrade, args.steps, args.seed, label=net)
-    save_checkpoint(args.output, network, net, arguments)
+def run_vqgan(backgrounds, steps, seed, device, output):
+    """Pre-train a VQGAN, the content prior of train --vqgan.
 
-def command_vqgan(args: argparse.Namespace) -> None:
-    images, _ = training_and_held_out(args.backgrounds, args.category, args.seed)
-    vqgan = build_network(VQGAN, args.seed, **PRIOR).to(args.device)
-    pretrain(vqgan, images, args.steps, args.seed, label="vqgan")
-    save_checkpoint(args.output, vqgan, "vqgan", PRIOR)
+    derain.py vqgan -o VQGAN [OPTIONS]
+    example: python derain.py vqgan --backgrounds photos/ -o vqgan.pt
+    """
+    prepare_folder(output)
+    training, _ = training_and_held_out(backgrounds, seed)
+    vqgan = build_network(VQGAN, seed, **PRIOR).to(device)
+    pretrain(vqgan, training, steps, seed, "vqgan")
+    save_checkpoint(output, vqgan, "vqgan", PRIOR)
 
-def command_restore(args: argparse.Namespace) -> int:
-    network = load_checkpoint(args.model).to(args.device)
-    def work(photo: Path) -> None:
-        save_image(restore(network, open_image(photo)), args.output / f"{photo.stem}-restored.png")
-    return 1 if len(each(args.photos, work)) < len(args.photos) else 0
 
-def number_in(file: Path) -> int | str:
-    """The first number in a file's name, 1 in norain-001, or the name if it has none."""
-    digits = re.search(r"\d+", file.stem)
-    return int(digits[0]) if digits else file.stem
+def run_restore(model, photos, device, output):
+    """Remove the rain of photographs; writes NAME-restored.png.
 
-def command_evaluate(args: argparse.Namespace) -> int:
-    networks = {str(path): load_checkpoint(path).to(args.device) for path in args.models}
-    files = image_files(args.rainy)
-    numbers = {number_in(file) for file in files}
-    partners = {number_in(file): file for file in image_files(args.clean)}
-    files += [file for number, file in partners.items() if number not in numbers]
+    derain.py restore MODEL PHOTO... -o FOLDER [OPTIONS]
+    example: python derain.py restore model.pt rainy1.jpg rainy2.jpg -o restored/
+    """
+    network = load_checkpoint(model).to(device)
+    files = []
+    for photo in photos:
+        if photo.is_dir():
+            found = image_files(photo)
+            files += [file for file in found if not file.stem.endswith("-restored")]
+        else:
+            files.append(photo)
 
-    def measure(file: Path) -> dict[str, dict]:
-        number = number_in(file)
-        if number not in numbers or number not in partners:
-            raise BadInput(f"{file} has no partner")
-        rainy, clean = open_image(file)[None], open_image(partners[number])[None]
+    sources = {}
+    for file in files:
+        target = output / f"{file.stem}-restored.png"
+        if target in sources:
+            raise BadInput(f"{sources[target]} and {file} would both become {target}; rename one")
+        sources[target] = file
+    prepare_folder(output / "NAME-restored.png")
+
+    def work(target):
+        save_image(restore(network, open_image(sources[target])), target)
+
+    return len(sources) - len(each(work, sources))
+
+
+def find_pairs(rainy_folder, clean_folder):
+    """Return {rainy file: clean file}, for the files in two folders and their subfolders.
+
+    Two files belong together if their paths within the folders are equal; or else their names; or
+    else the first numbers in their names.  Suffixes do not count.  A rainy file without a clean one
+    has the partner None.  Raises BadInput if there is a choice between two clean files.
+    """
+
+    def keys(folder):
+        """What each file is recognized by, the surest first."""
+        found = {}
+        for file in image_files(folder):
+            path = file.relative_to(folder)
+            number = re.search(r"\d+", path.stem)
+            surest = (path, path.with_suffix(""), path.stem)
+            # Without a number, the file itself, which is equal to nothing else.
+            found[file] = (*surest, int(number[0]) if number else file)
+        return found
+
+    rainy = keys(rainy_folder)
+    clean = keys(clean_folder)
+    # Where one folder lies within the other, its files belong to it alone, not to the outer folder,
+    # which has more files.
+    outer = max(rainy, clean, key=len)
+    for file in rainy.keys() & clean.keys():
+        del outer[file]
+
+    pairs = {}
+    for file, wanted in rainy.items():
+        found = []
+        for i in range(4):
+            found = found or [other for other in clean if clean[other][i] == wanted[i]]
+        if len(found) > 1:
+            choice = f"{found[0]} or {found[1]}"
+            raise BadInput(f"{file} may belong to {choice}; give files of a pair the same name")
+        pairs[file] = found[0] if found else None
+    return pairs
+
+
+def run_evaluate(models, rainy, clean, device, output):
+    """Measure networks on pairs of rainy and clean images; PSNR and SSIM are on RGB.
+
+    derain.py evaluate MODEL... --rainy FOLDER --clean FOLDER [OPTIONS]
+    example: python derain.py evaluate model.pt --rainy Rain100L/rainy --clean Rain100L/norain
+    """
+    networks = {model.name: load_checkpoint(model).to(device) for model in models}
+    if len(networks) < len(models):
+        raise BadInput("two models have the same file name; rename one")
+    pairs = find_pairs(rainy, clean)
+    if output:
+        prepare_folder(output)
+
+    def measure(file):
+        """Return a row for each output of a pair: its files, its measures, and its sums."""
+        partner = pairs[file]
+        if partner is None:
+            raise BadInput(f"{file} has no clean partner")
+        rainy = open_image(file)[None]
+        clean = open_image(partner)[None]
         if rainy.shape != clean.shape:
-            raise BadInput(f"{file} and {partners[number]} differ in size")
-        outputs = {"rainy": rainy, "opening": opening(rainy)}
+            raise BadInput(f"{file} and {partner} differ in size")
+
+        outputs = untrained(rainy)
         for name, network in networks.items():
             outputs[name] = restore(network, rainy[0])[None]
-        return {name: decoupled_evaluation(outputs[name], rainy, clean) for name in outputs}
+        rows = []
+        for name, output in outputs.items():
+            about = {"rainy": file, "clean": partner, "output": name}
+            measures = decoupled_evaluation(output, rainy, clean)
+            sums = decoupled_sums(output[0], rainy[0], clean[0])
+            rows.append({**about, **measures, "sums": sums})
+        if isnan(measures["rain_left"]):
+            print(f"no rain in {file}: left out of rain_left, damage and E_R")
+        return rows
 
-    pairs = each(files, measure)
-    rows = []
-    for name in pairs[0]:
-        means = np.nanmean([list(pair[name].values()) for pair in pairs], axis=0)
-        rows.append({"output": name, "pairs": len(pairs), **dict(zip(pairs[0][name], means))})
-    print_table(rows)
-    return 1 if len(pairs) < len(files) else 0
+    done = each(measure, pairs, "evaluate")
+    print_table([row_of_all(rows) for rows in zip(*done)])
+    if output:
+        rows = sum(done, [])
+        for row in rows:
+            del row["sums"]
+        write_table(output, rows)
+    return len(pairs) - len(done)
 
-def whole(text: str, least: int = 0) -> int:
-    """An option's value: a whole number, not below `least`."""
-    if not text.isdecimal() or not least <= int(text) < 2 ** 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to 2 ** 31")
+
+def row_of_all(rows):
+    """Return the measures of one output over all pairs, from its row for each.
+
+    The sums of all pairs are pooled, as if they were one set.  PSNR and SSIM are means over pairs;
+    the infinite PSNR of an output that equals the clean image is left out and reported.
+    """
+    name = rows[0]["output"]
+    sums = [row["sums"] for row in rows]
+    with_rain = [row["sums"] for row in rows if not isnan(row["rain_left"])]
+    pooled = decoupled_measures(with_rain or sums)
+    pooled["E_B"] = decoupled_measures(sums)["E_B"]
+    for key in ("psnr", "ssim"):
+        values = [row[key] for row in rows]
+        finite = [value for value in values if isfinite(value)]
+        pooled[key] = sum(finite) / len(finite) if finite else nan
+        if inf in values:
+            print(f"{name}: {values.count(inf)} infinite PSNR are left out of the mean")
+    return {"output": name, "pairs": len(rows), **pooled}
+
+
+def whole_number(text, least=0):
+    """Return the value of an option: a whole number, not below `least`."""
+    if not text.isdecimal() or not least <= int(text) < 2**31:
+        raise ArgumentTypeError(f"{text!r} is no whole number from {least} to 2^31")
     return int(text)
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is told in one line."""
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
-def make_parser() -> Parser:
-    """Every command, with its options."""
-    layout = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    number = dict(type=partial(whole, least=1), metavar="N")
-    parser = Parser(prog="derain.py", epilog="example: python derain.py --seed 1", **layout,
-                    description="Without a command: compare training on few and many backgrounds.")
-    parser.set_defaults(run=command_main)
-    commands = parser.add_subparsers(metavar="COMMAND", title="commands, each with a --help")
+positive = partial(whole_number, least=1)
 
-    def command(run: Callable, about: str, example: str) -> Parser:
-        verb = commands.add_parser(example.split()[0], help=about, description=about, **layout,
-                                   epilog=f"example: python derain.py {example}")
+
+def add(parser, names, help, type=Path, **more):
+    """Add an argument or an option to a parser; without a type, its value is a path."""
+    parser.add_argument(*names.split(), help=help, type=type, **more)
+
+
+def options(steps=None, rain=None):
+    """Return the options that commands share.
+
+    With steps, there are those of training; with rain, those of its recipe, too.
+    """
+    parser = ArgumentParser(add_help=False)
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add(parser, "--device", "where to compute", str, choices=devices, default=devices[0])
+    if steps:
+        add(parser, "--backgrounds", "photographs, 128 x 128 pixels or more; without, drawn faces")
+        add(parser, "--steps", "number of training steps", positive, default=steps)
+        add(parser, "--seed", "of all random numbers", whole_number, default=0)
+    if rain:
+        add(parser, "--net", "architecture", str, choices=NETWORKS, default="resnet")
+        ranges = ("small", "medium", "large")
+        add(parser, "--rain", "range of training rain", str, choices=ranges, default=rain)
+    return parser
+
+
+def make_parser():
+    """Return the parser of the command line."""
+    parser = ArgumentParser(
+        usage="derain.py [COMMAND] [OPTIONS]",
+        description="Why do networks fail on rain that they have not seen?",
+        epilog="example: python derain.py --seed 1",
+    )
+    verbs = parser.add_subparsers(title="commands, each with a --help", metavar="COMMAND")
+
+    def add_verb(run, *parents):
+        about, _, usage, example, _ = map(str.strip, run.__doc__.split("\n"))
+        verb = verbs.add_parser(
+            run.__name__[4:],
+            help=about,
+            description=about,
+            usage=usage,
+            epilog=example,
+            parents=parents,
+            formatter_class=ArgumentDefaultsHelpFormatter,
+        )
         verb.set_defaults(run=run)
         return verb
 
-    rain = command(command_rain, "add rain to a photograph", "rain a.jpg -o rainy.png")
-    rain.add_argument("photo")
-    rain.add_argument("--range", choices=RAIN, default="medium", help="kind of rain")
-    train = command(command_train, "train a network", "train --backgrounds photos/ -o model.pt")
-    train.add_argument("--n", **number, default=64, help="backgrounds")
-    train.add_argument("--simple", action="store_true", help="the N least sharp of 3 N")
-    train.add_argument("--vqgan", metavar="FILE", help="fine-tune this pre-trained prior; no --net")
-    vqgan = command(command_vqgan, "pre-train the content prior", "vqgan -o vqgan.pt")
-    restore = command(command_restore, "remove rain of photographs", "restore m.pt a.jpg -o out/")
-    restore.add_argument("model", help="a checkpoint of `train`")
-    restore.add_argument("photos", type=Path, nargs="+", metavar="photo")
-    evaluate = command(command_evaluate, "measure networks on pairs of rainy and clean images",
-                       "evaluate model.pt --rainy Rain100L/rainy --clean Rain100L/norain")
-    evaluate.add_argument("models", nargs="+", metavar="model", help="a checkpoint of `train`")
-    evaluate.add_argument("--rainy", required=True, metavar="FOLDER", help="rain-001.png, 1_1.png")
-    evaluate.add_argument("--clean", required=True, metavar="FOLDER", help="norain-001.png, 1.png")
-    parser.add_argument("--few", **number, default=8, help="backgrounds of one network")
-    parser.add_argument("--many", **number, default=MANY, help="backgrounds of the other")
-    parser.add_argument("--out", type=Path, default="figures", help="folder of headline.png")
-    for verb in (rain, train, vqgan, restore):
-        verb.add_argument("-o", "--output", type=Path, required=True, help="where the result goes")
-    for verb in (parser, train):
-        verb.add_argument("--net", choices=("resnet", "unet", "swinir", "lines"),
-                          default="lines" if verb is train else "resnet", help="architecture")
-        verb.add_argument("--rain", choices=("small", "medium", "large", "diverse"),
-                          default="diverse" if verb is train else "small", help="rain of training")
-    for verb in (parser, train, vqgan):
-        verb.add_argument("--backgrounds", metavar="PATH", help="photographs, not drawn images")
-        verb.add_argument("--category", choices=BACKGROUNDS, default="faces", help="what to draw")
-        verb.add_argument("--steps", **number, default=5000 if verb is vqgan else 2500)
-    for verb in (parser, rain, train, vqgan):
-        verb.add_argument("--seed", type=whole, default=0, help="of all that is drawn at random")
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    for verb in (parser, train, vqgan, restore, evaluate):
-        verb.add_argument("--device", choices=devices, default=devices[0], help="of torch")
+    verb = add_verb(run_compare, options(steps=1600, rain="small"))
+    add(verb, "--few", "backgrounds of one network", positive, default=8)
+    add(verb, "--many", "backgrounds of the other", positive, default=MANY)
+    add(verb, "--out", "folder of headline.png", default="figures")
+
+    verb = add_verb(run_rain)
+    add(verb, "photo", "image file")
+    add(verb, "-o --output", "image file to write", required=True)
+    add(verb, "--range", "range of the rain", str, choices=RAIN, default="medium")
+    add(verb, "--seed", "of all random numbers", whole_number, default=0)
+
+    verb = add_verb(run_train, options(steps=2400, rain="medium"))
+    add(verb, "-o --output", "checkpoint to write", required=True)
+    add(verb, "--n", "number of backgrounds", positive, default=64)
+    thirds = "low, high: of 3 n patches, the n least sharp, the n sharpest; any: as they come"
+    add(verb, "--third", thirds, str, choices=("low", "any", "high"), default="low")
+    add(verb, "--vqgan", "pre-trained content prior to fine-tune, instead of --net")
+
+    verb = add_verb(run_vqgan, options(steps=5000))
+    add(verb, "-o --output", "checkpoint to write", required=True)
+
+    verb = add_verb(run_restore, options())
+    add(verb, "model", "checkpoint of train")
+    add(verb, "photos", "image files, or folders of them", nargs="+")
+    add(verb, "-o --output", "folder to write into", required=True)
+
+    verb = add_verb(run_evaluate, options())
+    add(verb, "models", "checkpoints of train", nargs="+")
+    add(verb, "--rainy", "folder of rainy images", required=True)
+    add(verb, "--clean", "folder of their clean images", required=True)
+    add(verb, "-o --output", ".csv to write, with a row for each pair")
     return parser
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 if some of several files were skipped, 2 for bad input."""
-    args = make_parser().parse_args(arguments)
+
+def main(arguments: list = sys.argv[1:]) -> int:
+    """Run the command line; return the exit status.
+
+    It is 0, or 1 if some of several files failed, 2 if nothing was done, 130 after Ctrl-C.
+    """
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="replace")  # for names that the terminal cannot show
+    warnings.simplefilter("ignore")  # of Pillow and torch, about the files that they are given
+    # Without a command, the command is `compare`.
+    first = arguments[0] if arguments else "--"
+    if first.startswith("--") and first != "--help":
+        arguments = ["compare", *arguments]
+    args = vars(make_parser().parse_args(arguments))
     try:
-        if "output" in args:  # make its folder before the work, so that it cannot fail after it
-            folder = args.output if args.run is command_restore else args.output.parent
-            folder.mkdir(parents=True, exist_ok=True)
-        return int(args.run(args) or 0)
+        failed = args.pop("run")(**args)
+        return 1 if failed else 0
     except (BadInput, OSError) as problem:
-        print(*f"derain.py: {problem}".split(), file=sys.stderr)
+        print("derain.py:", *str(problem).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("derain.py: stopped", file=sys.stderr)
         return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

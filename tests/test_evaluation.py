@@ -1,128 +1,140 @@
-"""Section 6: the measures against plain loops, closed forms and their limits; tiles."""
+"""Section 4: the measures against plain loops, known values and their limits; tiles."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 import derain
+from golden import fill
+
+lab = pytest.mark.lab
+evaluation = pytest.mark.evaluation
 
 
 @pytest.fixture
 def images(rng):
-    """output, rainy, clean (2, 3, 10, 13): rain that brightens, darkens, and differs by channel.
-    Too small for SSIM, so that a blank there costs nothing here."""
-    clean = torch.from_numpy(rng.random((2, 3, 10, 13), dtype=np.float32))
-    rain = rng.uniform(-0.6, 0.6, (2, 3, 10, 13)) * (rng.random((2, 3, 10, 13)) < 0.2)
-    output = torch.from_numpy(rng.random((2, 3, 10, 13), dtype=np.float32))
-    return output, (clean + torch.from_numpy(rain).float()).clamp(0, 1), clean
+    """Return output, rainy and clean, (3, 3, 13, 10), too small for SSIM.
+
+    The first image has rain that brightens, the second one some that also darkens, the third one
+    too little to be seen.  The rain differs from channel to channel.
+    """
+    shape = (3, 3, 13, 10)
+    clean = torch.from_numpy(rng.random(shape, dtype=np.float32))
+    rain = torch.from_numpy(rng.uniform(-0.2, 0.6, shape) * (rng.random(shape) < 0.2)).float()
+    rain[0].abs_()
+    rain[2] = 0.01
+    output = torch.from_numpy(rng.random(shape, dtype=np.float32))
+    return output, clean + rain, clean
 
 
-def loop_mask(rainy, clean):
-    mask = np.zeros((len(clean), *clean.shape[2:]), dtype=bool)
-    for i, y, x in np.ndindex(*mask.shape):
-        for c in range(3):
-            if abs(rainy[i, c, y, x].item() - clean[i, c, y, x].item()) > derain.RAIN_THRESHOLD:
-                mask[i, y, x] = True
-    return mask
+def root_mean_square(values):
+    return math.sqrt(sum(value**2 for value in values) / len(values))
 
 
-def loop_evaluation(output, rainy, clean):
-    """The four root mean squares, a pixel at a time."""
-    mask = loop_mask(rainy, clean)
-    squares = {"E_R": [], "E_R_ideal": [], "E_W": [], "E_B": []}
-    for i, c, y, x in np.ndindex(*clean.shape):
-        o, r, b = (255 * t[i, c, y, x].item() for t in (output, rainy, clean))
-        if mask[i, y, x]:
-            squares["E_R"].append((o - r) ** 2)
-            squares["E_R_ideal"].append((b - r) ** 2)
-            squares["E_W"].append((o - b) ** 2)
-        else:
-            squares["E_B"].append((o - b) ** 2)
-    return {name: math.sqrt(sum(values) / len(values)) for name, values in squares.items()}
-
-
-@pytest.mark.lab
-@pytest.mark.evaluation
-def test_mask_against_a_loop(images):
+@lab
+@evaluation
+def test_mask_is_of_the_channel_that_changed_most(images):
     _, rainy, clean = images
+    changed = np.abs((rainy - clean).numpy()).max(1, keepdims=True)
     mask = derain.rain_mask(rainy, clean)
-    assert mask.shape == (2, 1, 10, 13) and mask.dtype == torch.bool
-    assert np.array_equal(mask[:, 0].numpy(), loop_mask(rainy, clean))
-    assert 0.1 < mask.float().mean() < 0.9
+    assert mask.dtype == torch.bool and np.array_equal(mask, changed > 4 / 255 + 1e-6)
 
 
+@lab
+@evaluation
 def test_mask_threshold_is_strict_for_files_of_8_bits():
     """4 grey levels are no rain, 5 are, however the division by 255 is rounded."""
-    clean = torch.arange(250).float()[None, None, None].expand(1, 3, 1, 250)
+    clean = torch.arange(251.0).expand(1, 3, 1, 251)
     assert not derain.rain_mask((clean + 4) / 255, clean / 255).any()
-    assert not derain.rain_mask(clean / 255, (clean + 4) / 255).any()
     assert derain.rain_mask((clean + 5) / 255, clean / 255).all()
+    black = torch.zeros(1, 3, 1, 1)
+    assert not derain.rain_mask(black + 4 / 255 + 3e-7, black).any()
+    assert derain.rain_mask(black + 4 / 255 + 3e-6, black).all()
 
 
-@pytest.mark.lab
-@pytest.mark.evaluation
-def test_evaluation_against_a_loop(images, monkeypatch):
-    """The mask and PSNR are replaced, so that this test needs decoupled_evaluation only."""
-    mask = torch.from_numpy(loop_mask(*images[1:]))[:, None]
-    monkeypatch.setattr(derain, "rain_mask", lambda rainy, clean: mask)
-    monkeypatch.setattr(derain, "psnr", lambda output, clean: 0.0)
-    measured = derain.decoupled_evaluation(*images)
-    assert set(measured) == {"E_R", "E_R_ideal", "E_W", "E_B", "psnr", "ssim"}
-    for name, value in loop_evaluation(*images).items():
-        assert measured[name] == pytest.approx(value, rel=1e-4), name
-
-
-@pytest.mark.lab
-@pytest.mark.evaluation
-def test_wet_and_dry_make_the_whole(images):
-    """255^2 MSE = |M| E_W^2 + (1 - |M|) E_B^2."""
+@lab
+@evaluation
+@pytest.mark.parametrize("brightness", [1, 0], ids=["noise", "black"])
+def test_evaluation_against_loops(images, brightness):
     output, rainy, clean = images
+    output = brightness * output
     measured = derain.decoupled_evaluation(output, rainy, clean)
-    wet = loop_mask(rainy, clean).mean()
-    whole = 255 ** 2 * (output - clean).double().square().mean().item()
-    parts = wet * measured["E_W"] ** 2 + (1 - wet) * measured["E_B"] ** 2
-    assert parts == pytest.approx(whole, rel=1e-4)
+
+    # One slope for all points (r, d), and an intercept for each image, by least squares.
+    r = (rainy - clean).flatten().numpy()
+    d = (output - clean).flatten().numpy()
+    intercepts = np.eye(3).repeat(3 * 13 * 10, axis=0)
+    slope = np.linalg.lstsq(np.column_stack([r, intercepts]), d)[0][0]
+
+    rest, removed, background = [], [], []
+    for i, y, x in np.ndindex(3, 13, 10):
+        o, rain, b = (255 * image[i, :, y, x].numpy() for image in (output, rainy, clean))
+        rest.extend(o - b - slope * (rain - b))
+        if max(abs(rain - b)) > 4.0003:
+            removed.extend(o - rain)
+        else:
+            background.extend(o - b)
+    expected = {
+        "rain_left": 100 * slope,
+        "damage": root_mean_square(rest),
+        "E_R": root_mean_square(removed),
+        "E_B": root_mean_square(background),
+        "psnr": derain.psnr(output, clean),
+        "ssim": math.nan,
+    }
+    assert measured == pytest.approx(expected, rel=1e-4, nan_ok=True)
 
 
-@pytest.mark.lab
-@pytest.mark.evaluation
-def test_limits(images):
+@lab
+@evaluation
+@pytest.mark.parametrize("share", [1, 0, 0.3, -0.5])
+@pytest.mark.parametrize("light", [0, 1], ids=["same light", "other light"])
+def test_known_values(images, share, light):
+    """A share of the rain was left, and a constant added to each image."""
     _, rainy, clean = images
-    idle = derain.decoupled_evaluation(rainy, rainy, clean)
-    assert idle["E_R"] == 0 and idle["E_W"] == pytest.approx(idle["E_R_ideal"], rel=1e-4)
-    perfect = derain.decoupled_evaluation(clean, rainy, clean)
-    assert perfect["E_R"] == pytest.approx(perfect["E_R_ideal"], rel=1e-4)
-    assert perfect["E_B"] == perfect["E_W"] == 0 and perfect["psnr"] == math.inf
+    added = torch.tensor([-0.1, 0.2, -0.3]) * light
+    output = clean + share * (rainy - clean) + added.view(3, 1, 1, 1)
+    measured = derain.decoupled_evaluation(output, rainy, clean)
+    assert measured["rain_left"] == pytest.approx(100 * share, abs=0.01)
+    assert measured["damage"] == pytest.approx(255 * root_mean_square(added), abs=0.01)
 
 
-@pytest.mark.lab
-@pytest.mark.evaluation
-def test_no_rain_and_rain_everywhere(images):
-    output, _, clean = images
-    dry = derain.decoupled_evaluation(output, clean, clean)
-    assert math.isnan(dry["E_R"]) and math.isnan(dry["E_W"]) and dry["E_B"] > 0
-    wet = derain.decoupled_evaluation(output, 1 - clean.round(), clean.round())
-    assert math.isnan(wet["E_B"]) and wet["E_W"] > 0
+@lab
+@evaluation
+def test_no_pattern_of_rain_and_rain_everywhere(images):
+    output, _, clean = ((8 * image).round() / 8 for image in images)  # so that sums are exact
+    wrong = 255 * (output - clean).flatten()
+    faint = clean.clone()
+    faint[:, :, ::2] += 2 / 255
+    lighter = clean + torch.tensor([0.125, 0.25, -0.125]).view(3, 1, 1, 1)
+    for rainy in (clean, faint, lighter):
+        measured = derain.decoupled_evaluation(output, rainy, clean)
+        assert math.isnan(measured["rain_left"])
+        assert measured["damage"] == pytest.approx(root_mean_square(wrong), rel=1e-4)
+        assert math.isnan(measured["E_R"]) == (rainy is not lighter)
+        assert math.isnan(measured["E_B"]) == (rainy is lighter)
 
 
-@pytest.mark.lab
-@pytest.mark.evaluation
+@lab
+@evaluation
 def test_the_tensors_given_stay_as_they_are(images):
     images = [2 * image - 0.5 for image in images]  # also outside [0, 1]
     before = [image.clone() for image in images]
     derain.decoupled_evaluation(*images)
     derain.psnr(*images[:2])
-    assert all(torch.equal(a, b) for a, b in zip(images, before))
+    assert all(map(torch.equal, images, before))
 
 
-@pytest.mark.lab
-@pytest.mark.evaluation
+@lab
+@evaluation
 @pytest.mark.parametrize("wrong", range(3))
 def test_wrong_shapes_are_refused(images, wrong):
-    for cut in (lambda t: t[:1], lambda t: t[:, :1], lambda t: t[..., :1, :], lambda t: t[..., :1]):
-        changed = [cut(image) if i == wrong else image for i, image in enumerate(images)]
+    for axis in range(4):
+        changed = list(images)
+        changed[wrong] = changed[wrong].narrow(axis, 0, 1)
         with pytest.raises(ValueError):
             derain.decoupled_evaluation(*changed)
         if wrong < 2:
@@ -130,79 +142,77 @@ def test_wrong_shapes_are_refused(images, wrong):
                 derain.psnr(*changed[:2])
 
 
-@pytest.mark.lab
-@pytest.mark.evaluation
-def test_psnr_closed_form_is_a_mean_over_images():
-    clean = torch.zeros(2, 3, 12, 12)
-    output = torch.stack([torch.full((3, 12, 12), 0.1), torch.full((3, 12, 12), 0.01)])
-    assert derain.psnr(output, clean) == pytest.approx((20 + 40) / 2, abs=1e-3)
+@lab
+@evaluation
+def test_psnr_is_a_mean_over_images():
+    """Of 20 and 40 dB, although the first output leaves the range of images."""
+    clean = torch.ones(2, 3, 14, 10)
+    output = torch.stack([clean[0] + 0.1, clean[1] - 0.01])
+    assert derain.psnr(output, clean) == pytest.approx(30, abs=1e-3)
+    assert derain.decoupled_evaluation(output, clean, clean)["psnr"] == pytest.approx(30, abs=1e-3)
+    assert derain.psnr(clean, clean) == math.inf
 
 
 def loop_ssim(x, y):
-    """SSIM of two (h, w) arrays by Wang et al. 2004, a window at a time, with weighted moments."""
+    """Return the SSIM of two arrays of 20 x 17, a window at a time, with weighted moments."""
     offset = np.arange(11) - 5
-    weight = np.exp(-(offset[:, None] ** 2 + offset ** 2) / (2 * 1.5 ** 2))
-    weight /= weight.sum()
+    weight = np.exp(-(offset[:, None] ** 2 + offset**2) / (2 * 1.5**2)).ravel()
     values = []
-    for top in range(x.shape[0] - 10):
-        for left in range(x.shape[1] - 10):
-            a, b = x[top:top + 11, left:left + 11], y[top:top + 11, left:left + 11]
-            mean_a, mean_b = (weight * a).sum(), (weight * b).sum()
-            var_a = (weight * (a - mean_a) ** 2).sum()
-            var_b = (weight * (b - mean_b) ** 2).sum()
-            covariance = (weight * (a - mean_a) * (b - mean_b)).sum()
-            similar = (2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
-            values.append(similar / ((mean_a ** 2 + mean_b ** 2 + 1e-4) * (var_a + var_b + 9e-4)))
+    for top, left in np.ndindex(10, 7):
+        a, b = (image[top : top + 11, left : left + 11].ravel() for image in (x, y))
+        m, n = np.average([a, b], 1, weight)
+        (v, c), (_, w) = np.cov(a, b, ddof=0, aweights=weight)
+        above = (2 * m * n + 1e-4) * (2 * c + 9e-4)
+        values.append(above / ((m**2 + n**2 + 1e-4) * (v + w + 9e-4)))
     return np.mean(values)
 
 
-@pytest.mark.evaluation
-@pytest.mark.parametrize("noise", [0.02, 0.3])
-def test_ssim_against_a_loop(noise, rng):
-    clean = np.clip(rng.random((2, 3, 20, 23)) * 0.2 + np.linspace(0, 0.8, 23), 0, 1)
-    output = np.clip(clean + noise * rng.normal(size=clean.shape), 0, 1)
-    expected = []
-    for i in range(2):
-        expected += [loop_ssim(output[i, c], clean[i, c]) for c in range(3)]
-    measured = derain.ssim(torch.from_numpy(output).float(), torch.from_numpy(clean).float())
-    assert measured == pytest.approx(np.mean(expected), abs=1e-4)
-    same = torch.from_numpy(clean).float()
-    assert derain.ssim(same, same) == pytest.approx(1)
+@evaluation
+def test_ssim_against_a_loop(rng):
+    clean = rng.random((2, 3, 20, 17)) * 0.2 + np.linspace(0, 0.8, 17)
+    output = clean + 0.1 * rng.normal(size=clean.shape)
+    expected = np.mean([loop_ssim(output[i, c], clean[i, c]) for i, c in np.ndindex(2, 3)])
     output = torch.from_numpy(output).float()
-    of_all = derain.decoupled_evaluation(output, same / 2, same)
-    assert of_all["ssim"] == pytest.approx(np.mean(expected), abs=1e-4)
-    assert of_all["psnr"] == pytest.approx(derain.psnr(output, same), abs=1e-4)
+    clean = torch.from_numpy(clean).float()
+    assert derain.ssim(output, clean) == pytest.approx(expected, abs=1e-4)
+    measured = derain.decoupled_evaluation(output, clean, clean)
+    assert measured["ssim"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.evaluation
-def test_ssim_refuses_what_it_cannot_measure():
-    image = torch.rand(2, 3, 14, 17)
-    pairs = ((image[..., :10, :],) * 2, (image[..., :10],) * 2, (image, image[:1]))
-    for output, clean in pairs:
+@evaluation
+def test_ssim_refuses_what_it_cannot_measure(rng):
+    image = torch.from_numpy(rng.random((2, 3, 14, 17)))
+    low = image[:, :, :10]
+    narrow = image[..., :10]
+    for output, clean in ((low, low), (narrow, narrow), (image, image[:1])):
         with pytest.raises(ValueError):
             derain.ssim(output, clean)
 
 
-def test_opening_against_a_loop(rng):
-    image = torch.from_numpy(rng.random((1, 3, 9, 11), dtype=np.float32))
+@pytest.mark.parametrize("size", [5, 7])
+def test_opening_against_all_squares(size, rng):
+    image = rng.random((16, 11))
 
-    def extreme(picture, choose):
-        result = np.zeros_like(picture)
-        for c, y, x in np.ndindex(*picture.shape):
-            result[c, y, x] = choose(picture[c, max(0, y - 2):y + 3, max(0, x - 2):x + 3])
-        return result
+    def squares(picture, beyond):
+        padded = np.pad(picture, size // 2, constant_values=beyond)
+        return sliding_window_view(padded, (size, size))
 
-    expected = extreme(extreme(image[0].numpy(), np.min), np.max)
-    opened = derain.opening(image)
-    assert np.array_equal(opened[0].numpy(), expected)
-    assert (opened <= image).all() and torch.equal(derain.opening(opened), opened)
+    smallest = squares(image, 1).min((2, 3))
+    opened = derain.opening(torch.from_numpy(image).expand(2, 3, -1, -1), size)
+    assert np.array_equal(opened[1, 2], squares(smallest, 0).max((2, 3)))
+
+
+def test_predictions_are_limited_to_the_range_of_images(rng):
+    images = torch.from_numpy(rng.normal(size=(18, 3, 6, 5))).float()  # more than fit one chunk
+    network = derain.build_network(derain.ResNet)
+    torch.testing.assert_close(derain.predict(network, images), network(images).clamp(0, 1))
 
 
 @pytest.mark.parametrize("height, width", [(150, 131), (64, 65), (40, 200), (1, 1)])
 @pytest.mark.parametrize("net", ["resnet", "unet"])
 def test_tiles_equal_the_whole(net, height, width, rng):
     """These networks see less than 32 pixels around each, so tiling must not change anything."""
-    network = derain.build_network(derain.NETWORKS[net], 1)
+    network = fill(derain.NETWORKS[net]())
     image = torch.from_numpy(rng.random((3, height, width), dtype=np.float32))
     whole = derain.predict(network, image[None])[0]
     assert (derain.restore(network, image, tile=64) - whole).abs().max() < 1e-5
