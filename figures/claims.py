@@ -1,544 +1,792 @@
-"""Which of the paper's claims hold here?  Runs, verdicts, figures, and figures/claims.md.
+"""Which of the paper's claims hold here?  Trainings, verdicts, figures, and figures/claims.md.
 
-A `Run` is one training and its tests; its result is a file in runs/, written when it is done, and
-never done twice.  Finished runs are collected in figures/runs.csv, which is read first.
+    python figures/claims.py                    every claim: trains what is missing, then reports
+    python figures/claims.py few --seeds 2 --steps 20 --runs taste      a taste of one, in taste/
+    torchrun --nproc_per_node=2 figures/claims.py       the same on two cores, or more machines
+
+Claims, panels, primary measures and seeds were fixed before the first run.
+
+1 runs       a Run is one training and its tests
+2 files      its result is a file in runs/, and is never done twice; runs.csv collects them all
+3 claims     what the paper says, as contrasts of measures that are above zero if it holds
+4 verdicts   from the 95 % interval of a contrast's mean over the seeds
+5 advice     what `derain.py train` should do if it is not told otherwise
+6 report     claims.md
+7 figures    verdicts.png, balance.png, advice.png, default.png
+8 command    what is asked for
+
+In what follows, table[run, test, step] is a dict of what a run measured in a test after a step.
+`photographs` is a tuple of images (3, h, w), which is empty if none were given.
 """
 
-import argparse
 import csv
-import itertools
+import io
 import json
-import math
 import os
 import sys
 import time
 import zlib
+from argparse import ArgumentParser
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache, partial
+from itertools import product
+from math import ceil, isnan, nan, sqrt
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
 FIGURES = Path(__file__).resolve().parent
 sys.path[:0] = [str(FIGURES), str(FIGURES.parent)]
 import derain  # noqa: E402
-from materials import BLUR, NOISE, degradation  # noqa: E402
+from materials import (  # noqa: E402
+    FACTORS,
+    GROUP,
+    NOISE,
+    PAINTERS,
+    RAIN,
+    FromNothing,
+    NoCodebook,
+    degradation,
+    draw_background,
+)
 
-# ---- 1  What is one experiment? ------------------------------------------------------------------
+RANK = int(os.environ.get("RANK", 0))  # of this process, under torchrun
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
 
-class Autoencoder(nn.Module):
-    """The control of the prior: its encoder and decoder without codebook, trained from nothing."""
-    rate = derain.VQGANPrior.rate
+# ---- 1  Runs: what is trained, and how is it tested? --------------------------------------------
 
-    def __init__(self):
-        super().__init__()
-        self.vqgan = derain.VQGAN(**derain.PRIOR)
+STEPS = 2400
+MANY = 1024
+NUMBERS = (2, 8, 64, MANY)  # of backgrounds
+RANGES = ("small", "medium", "large")  # of training rain
+UNTRAINED = {
+    "rainy": lambda images: images,
+    "opening 5": derain.opening,
+    "opening 7": lambda images: derain.opening(images, 7),
+}
 
-    def forward(self, degraded: Tensor) -> Tensor:
-        latent = self.vqgan.encode(2 * derain.pad_to_multiple(degraded, 8) - 1)
-        restored = self.vqgan.decode(latent)
-        return (restored[..., :degraded.shape[2], :degraded.shape[3]] + 1) / 2
 
-STEPS, SEEDS = 2400, 5  # of the grid in figures/; a run with fewer is a taste
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Run:
-    """One training and its tests: everything that the result depends on."""
-    net: str = "resnet"  # one of NETWORKS, "autoencoder"; or untrained: "rainy" (input), "opening"
-    size: int = 0  # channels of the network; 0: its default
-    images: str = "faces"  # what is drawn, or photographs
-    third: str = "any"  # low, high: of 3n patches, the n least or most sharp
-    n: int = 1024  # backgrounds
-    trained_on: str = "small"
-    steps: int = STEPS
+    """One training and its tests: everything that their results depend on."""
+
+    net: str = "resnet"  # of derain.NETWORKS, "prior" or a control of it; or of UNTRAINED
+    channels: int = 16  # of a network of derain.NETWORKS
+    images: str = "faces"  # of materials.PAINTERS, or the name of a set of photographs
+    split: str = "seed"  # what is for training and what for tests, see images_of
+    third: str = "any"  # as in derain.training_patches
+    n: int = MANY  # backgrounds
+    trained_on: str = "small"  # a name that materials.degradation knows
+    steps: int = STEPS  # 0 for what is not trained
     seed: int = 0
 
-def tests_of(run: Run) -> tuple[str, ...]:
-    """The degradations that a run is tested in."""
-    for family in (NOISE, BLUR):
-        if run.trained_on in family:
-            return tuple(family)
-    return ("unseen", "strokes", run.trained_on)
 
-@lru_cache(maxsize=3)
-def images_of(images: str, seed: int, path: str | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Images to train on, and images held out."""
-    drawn = images in derain.BACKGROUNDS
-    if not drawn and not path:
-        raise derain.BadInput(f"to train on {images}, give --backgrounds")
-    return derain.training_and_held_out(None if drawn else path, images, seed)
+def steps_of(run):
+    """Return the steps after which a run is measured: 200 and 2,400, or the same shares of less."""
+    return sorted({ceil(run.steps / 12), run.steps})
 
-def prior_of(run: Run, folder: Path, path: str | None) -> derain.VQGAN:
-    """The VQGAN of a run of the prior.  One serves all seeds, except for split photographs."""
-    seed = 0 if run.images in derain.BACKGROUNDS else run.seed
-    steps = max(1, round(5000 / 2400 * run.steps))
-    file = folder / f"vqgan_{run.images}_{steps}_{seed}.pt"
-    if not file.exists():
-        vqgan = derain.build_network(derain.VQGAN, seed, **derain.PRIOR)
-        derain.pretrain(vqgan, images_of(run.images, seed, path)[0], steps, seed)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        derain.save_checkpoint(temporary, vqgan, "vqgan", derain.PRIOR)
-        os.replace(temporary, file)
-    return derain.load_vqgan(file)
 
-def measure(run: Run, folder: Path, path: str | None = None) -> list[dict]:
-    """Train as `run` says and test on 32 patches of 96x96 held out: a row for each test."""
-    training, held_out = images_of(run.images, run.seed, path)
-    if run.steps:
-        arguments = {"channels": run.size} if run.size else {}
-        if run.net == "prior":
-            arguments = {"vqgan": prior_of(run, folder, path)}
-        make = Autoencoder if run.net == "autoencoder" else derain.NETWORKS[run.net]
-        network = derain.build_network(make, run.seed, **arguments)
-        patches = derain.training_patches(training, run.n, run.seed, run.third)
-        derain.train(network, patches, degradation(run.trained_on), run.steps, run.seed)
-    clean = derain.sample_patches(held_out, 32, 96, derain.stream(run.seed, "test patches"))
+def tests_of(run):
+    """Return the names of the degradations that a run is tested in."""
+    further = {"small": FACTORS, "gaussian": NOISE}
+    kinds = ["unseen", *GROUP, run.trained_on, *further.get(run.trained_on, ()), "dry"]
+    if not run.steps:
+        kinds = [*RAIN, *GROUP, *NOISE, "dry"]
+    return list(dict.fromkeys(kinds))
+
+
+@lru_cache(4)  # the sets of images that are kept
+def images_of(images, split, seed, photographs):
+    """Return images (3, h, w) to train on, and others to test on.
+
+    A fifth of the drawn images, or a quarter of the photographs, is for tests.
+    Every third photograph, in the order of file names, is set aside: with the split "choice" it is
+    not used; with "check" these are the tests, and all others are for training.  "seed" uses all.
+    """
+    if images in PAINTERS:
+        rngs = [derain.stream(seed, "backgrounds", i) for i in range(80)]
+        drawn = [draw_background(images, 256, rng) for rng in rngs]
+        return drawn[16:], drawn[:16]
+
+    others = [image for i, image in enumerate(photographs) if i % 3]
+    if split == "check":
+        return others, photographs[::3]
+    found = others if split == "choice" else photographs
+    found = [found[i] for i in derain.stream(seed, "split").permutation(len(found))]
+    count = ceil(len(found) / 4)
+    return found[count:], found[:count]
+
+
+def make_network(run, training=()):
+    """Return the network of a run with its first weights; a prior is pre-trained on images."""
+    if run.net in derain.NETWORKS:
+        return derain.build_network(partial(derain.NETWORKS[run.net], run.channels), run.seed)
+
+    vqgan = derain.build_network(derain.VQGAN, run.seed, **derain.PRIOR)
+    if run.net == "from nothing":
+        return FromNothing(vqgan)
+    if run.net == "no codebook":
+        vqgan.quantize = NoCodebook(*vqgan.quantize.embedding.weight.shape)
+    # 5,000 steps before a run of 2,400, as with `derain.py vqgan`.
+    derain.pretrain(vqgan, training, ceil(run.steps * 5000 / STEPS), run.seed)
+    return derain.VQGANPrior(vqgan)
+
+
+def measure(run, folder, photographs=()):
+    """Train as a run says; test on 16 patches of 96 x 96 pixels; return a row for each test.
+
+    The weights are kept in the folder; default.png is drawn with them.
+    """
+    training, held_out = images_of(run.images, run.split, run.seed, photographs)
+    clean = derain.sample_patches(held_out, 16, 96, derain.stream(run.seed, "test patches"))
     rows = []
-    for kind in tests_of(run):
-        degraded = degradation(kind)(clean, derain.stream(run.seed, "test", kind))
-        if run.steps:
-            output = derain.predict(network, degraded)
-        else:
-            output = degraded if run.net == "rainy" else derain.opening(degraded)
-        measured = derain.decoupled_evaluation(output, degraded, clean)
-        rows.append({**asdict(run), "tested_on": kind, **measured})
+
+    def test(step, restore):
+        for kind in tests_of(run):
+            degraded = degradation(kind)(clean, derain.stream(run.seed, "test", kind))
+            measures = derain.decoupled_evaluation(restore(degraded), degraded, clean)
+            known = {key: round(measures[key], 4) for key in measures if not isnan(measures[key])}
+            rows.append({**asdict(run), "step": step, "tested_on": kind, **known})
+
+    if run.net in UNTRAINED:
+        test(0, UNTRAINED[run.net])
+    else:
+        network = make_network(run, training)
+        patches = derain.training_patches(training, run.n, run.seed, run.third)
+
+        def after_step(step):
+            if step in steps_of(run):
+                test(step, lambda degraded: derain.predict(network, degraded))
+
+        degrade = degradation(run.trained_on, training=True)
+        derain.train(network, patches, degrade, run.steps, run.seed, after_step=after_step)
+        content = io.BytesIO()
+        torch.save(network.state_dict(), content)
+        write(file_of(run, folder, "pt"), content.getvalue())
     return rows
 
-def yardstick(run: Run, net: str) -> Run:
-    """The untrained run, "rainy" or "opening", on the images and in the tests of `run`."""
-    return Run(net, images=run.images, n=0, trained_on=run.trained_on, steps=0, seed=run.seed)
 
-# ---- 2  How are many runs done, and kept? --------------------------------------------------------
+# ---- 2  Files: how are results kept? ------------------------------------------------------------
 
-def file_of(run: Run, folder: Path) -> Path:
-    """Where the result of a run is kept until it is collected."""
-    return folder / ("_".join(map(str, astuple(run))) + ".json")
+MEASURES = ("rain_left", "damage", "psnr")  # what the claims use
 
-def read_table(path: Path) -> dict[Run, list[dict]]:
-    """The finished runs in runs.csv, each with its rows."""
+
+def write(path, content):
+    """Write bytes to a file, whose name never stands for half of them."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def file_of(run, folder, suffix="json"):
+    """Return the file for the result of a run."""
+    name = "_".join(map(str, astuple(run)))
+    return folder / f"{name}.{suffix}".replace(" ", "-")
+
+
+def finished(table, run):
+    """Return whether the table holds all tests of a run, with all measures that the claims use."""
+    for test, step in product(tests_of(run), steps_of(run)):
+        lacking = set(MEASURES) - table.get((run, test, step), {}).keys()
+        if test == "dry":
+            lacking.discard("rain_left")  # without rain, none can be left
+        if lacking:
+            return False
+    return True
+
+
+def add_rows(table, rows):
+    """Put rows, lines of runs.csv or of a result, into the table; return how many are damaged."""
+    damaged = 0
+    for row in rows:
+        try:
+            about = {key: type(value)(row.pop(key)) for key, value in asdict(Run()).items()}
+            place = (Run(**about), row.pop("tested_on"), int(row.pop("step")))
+            # A cell is empty where nothing could be measured, and None where the line ends early.
+            table[place] = {name: float(cell) for name, cell in row.items() if cell != ""}
+        except (ValueError, TypeError, AttributeError, KeyError):
+            damaged += 1
+    return damaged
+
+
+def read_table(path):
+    """Return the table in runs.csv; tell what is damaged."""
     table = {}
-    if path.exists():
-        for row in csv.DictReader(open(path, encoding="utf-8")):
-            fields = {key: type(value)(row[key]) for key, value in asdict(Run()).items()}
-            words = (*fields, "tested_on")
-            row = {key: row[key] if key in words else float(row[key]) for key in row} | fields
-            table.setdefault(Run(**fields), []).append(row)
+    text = path.read_text("utf-8", "replace") if path.exists() else ""
+    # The last line may be half of one, so that its last number only looks whole.
+    lines = [line for line in text.splitlines(True) if line.endswith("\n")]
+    damaged = add_rows(table, csv.DictReader(lines))
+    lacking = {run for run, _, _ in table if not finished(table, run)}
+    if damaged or lacking:
+        print(f"{path}: {damaged} damaged lines, {len(lacking)} runs incomplete, thus missing")
     return table
 
-def write_table(table: dict[Run, list[dict]], path: Path) -> None:
-    """Write all finished runs, sorted, so that the same runs give the same bytes."""
-    rows = list(itertools.chain(*(table[run] for run in sorted(table, key=astuple))))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
 
-def do_runs(runs: list[Run], table: dict[Run, list[dict]], folder: Path, path: str | None) -> None:
-    """Do the missing runs; under torchrun, this rank's share.  Rank 0 fills the table."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine = [run for run in runs[rank::ranks]
-            if run not in table and not file_of(run, folder).exists()]
-    begun = time.monotonic()
-    for i, run in enumerate(mine):
-        rows = measure(run, folder, path)
-        temporary = file_of(run, folder).with_suffix(f".{rank}")
-        temporary.write_text(json.dumps(rows))
-        os.replace(temporary, file_of(run, folder))
-        left = (time.monotonic() - begun) / (i + 1) * (len(mine) - i - 1) / 60
-        print(f"{temporary.stem}: {i + 1} of {len(mine)}, {left:.0f} min left", flush=True)
-    if rank == 0:
-        for run in [run for run in runs if run not in table]:
-            while not file_of(run, folder).exists():  # until the other ranks are done
-                time.sleep(1)
-            table[run] = json.loads(file_of(run, folder).read_text())
+def write_table(table, path):
+    """Write runs.csv, sorted, so that the same runs give the same bytes."""
+    rows = []
+    for run, test, step in sorted(table):
+        rows.append({**asdict(run), "step": step, "tested_on": test, **table[run, test, step]})
+    names = dict.fromkeys(name for row in rows for name in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue().encode())
 
-# ---- 3  What does the paper claim, and which runs can tell? --------------------------------------
 
-@dataclass(frozen=True)
-class Claim:
-    """A statement of the paper, and pairs of runs that differ in one thing.
+def do_runs(runs, table, folder, photographs):
+    """Do the runs that are missing, and put all into the table.
 
-    panels: of each pair the first should be the better.  tested_on: degradations; "training" is the
-    one trained on, "other" the mean over all others of its family.  alike: all panels ask the same,
-    so that their mean says something.
+    Under torchrun, each process does its share, and waits for those of the others.  Runs on
+    photographs are left out if there are none.
     """
-    paper: str
-    panels: dict[str, tuple[Run, Run]]
-    tested_on: tuple[str, ...] = ("unseen", "strokes")
-    alike: bool = True
 
-NUMBERS, RANGES = (2, 8, 64, 1024), ("small", "medium", "large")
+    def missing(run, tell=False):
+        """Look for a run in its file; return whether it is missing."""
+        file = file_of(run, folder)
+        if file.exists() and not finished(table, run):
+            try:
+                add_rows(table, json.loads(file.read_text("utf-8")))
+            except (ValueError, TypeError):
+                pass  # told below
+            if tell and not finished(table, run):
+                print(f"{file} is damaged or lacks a measure: its run counts as missing")
+        return not finished(table, run)
 
-def few(run: Run) -> tuple[Run, Run]:
-    """8 backgrounds against 1,024."""
-    return replace(run, n=8), replace(run, n=1024)
+    for run in runs:
+        missing(run, tell=RANK == 0)
+    possible = [run for run in runs if run.images in PAINTERS or photographs]
+    mine = possible[RANK::RANKS]
+    for done, run in enumerate(mine, 1):
+        if missing(run):
+            rows = measure(run, folder, photographs)
+            write(file_of(run, folder), json.dumps(rows).encode())
+            add_rows(table, rows)
+            print(f"{done} of {len(mine)}: {run}", flush=True)
+    for run in possible:
+        while RANKS > 1 and missing(run):
+            time.sleep(1)
 
-def make_claims(photographs: str, steps: int) -> dict[str, Claim]:
-    """All claims, in the order in which they are run; photographs: their name, or "" for none."""
-    run = Run(steps=steps)
-    worlds = {name: replace(run, images=images)
-              for name, images in (("faces", "faces"), ("photographs", photographs)) if images}
-    panels = {f"{net}, faces": few(replace(run, net=net)) for net in ("resnet", "unet", "swinir")}
-    for kind in ("natural", "manga", "urban", photographs):
-        if kind:
-            panels[f"resnet, {kind.split('-')[0]}"] = few(replace(run, images=kind))
-    sharp, balance, advice = {}, {}, {}
-    for name, world in worlds.items():
-        large = replace(world, trained_on="large")
-        balance[f"{name}: 1,024, 8 in large rain"] = (large, replace(large, n=8))
-        balance[f"{name}: large, small rain on 1,024"] = (large, world)
-        low = replace(world, third="low", n=64)
-        for label, setting in advised(world).items():
-            advice[f"{name}: {label}"] = (setting, yardstick(setting, "opening"))
-        if name == "faces":
-            low = replace(low, images="natural")
-        sharp[low.images.split("-")[0]] = (low, replace(low, third="high"))
+
+# ---- 3  Claims: what does the paper say, and which runs can tell? -------------------------------
+
+
+class Term(NamedTuple):
+    """A term of a contrast: what a run measured in a test after a step, with a weight."""
+
+    weight: int
+    run: Run
+    test: str
+    step: int
+
+
+def better(first, second, test="unseen", step=0):
+    """Return the contrast that is above zero if the first run is better; step 0 is the last."""
+    step = step or first.steps
+    return [Term(1, first, test, step), Term(-1, second, test, step)]
+
+
+def more(first, second):
+    """Return the contrast that is above zero if the first contrast is larger than the second."""
+    return first + [term._replace(weight=-term.weight) for term in second]
+
+
+def few(run, test="unseen", step=0):
+    """Return the contrast that is above zero if 8 backgrounds are better than 1,024."""
+    return better(replace(run, n=8), replace(run, n=MANY), test, step)
+
+
+class Claim(NamedTuple):
+    """A statement of the paper; its panels are contrasts that are above zero if it holds."""
+
+    statement: str
+    panels: dict[str, list[Term]]
+    primary: str = "rain_left"  # the measure that decides
+    shown: list[Run] = []  # runs whose numbers stand beside, without a verdict
+
+
+def balance_map(run):
+    """Return the runs of balance.png: each number of backgrounds in each range of rain."""
+    return [replace(run, n=n, trained_on=rain) for n, rain in product(NUMBERS, RANGES)]
+
+
+def make_claims(photographs, steps=STEPS):
+    """Return all claims by name, in the order of work; photographs: the name of their set."""
+    faces = Run(steps=steps)
+    photos = replace(faces, images=photographs)
+    settings = {f"{net}, faces": replace(faces, net=net) for net in derain.NETWORKS}
+    settings["resnet, photographs"] = photos
+    shown = [replace(run, n=n) for run in settings.values() for n in (2, 64)]
+    for images in ("natural", "manga", "urban"):
+        settings[f"resnet, {images}"] = replace(faces, images=images)
+
+    number = {name: few(run) for name, run in settings.items()}
+    group = replace(photos, trained_on="group small")
+    for test in ("group medium", "group large"):
+        number[f"resnet, photographs, group small to {test}"] = few(group, test)
+
+    balance = {}
+    prior = {}
+    for name, run in {"faces": faces, "photographs": photos}.items():
+        balance[name] = more(few(run), few(replace(run, trained_on="large")))
+        for net in ("resnet", "from nothing", "no codebook"):
+            pair = better(replace(run, net="prior"), replace(run, net=net))
+            prior[f"{name}, prior against {net}"] = pair
+
+    low = replace(photos, third="low")
+    sharp = {"gain of 8, any against low": more(few(photos), few(low))}
+    for n in (64, MANY):
+        high = replace(photos, third="high", n=n)
+        sharp[f"{n:,}, low against high"] = better(replace(low, n=n), high)
+
+    first = steps_of(faces)[0]
+    noise = replace(faces, trained_on="gaussian")
+    usual = replace(photos, split="choice", seed=90)
     return {
-        "few": Claim("8 backgrounds beat 1,024 in unseen rain (Fig. 1, 4)", panels),
-        "benchmark": Claim("the usual benchmark, in the training rain, picks 1,024 (Fig. 1)", {
-            label: (many, fewer) for label, (fewer, many) in panels.items()}, ("training",)),
-        "balance": Claim("the wider the range of rain, the more backgrounds are best", balance,
-                         alike=False),
-        "sharp": Claim("64 backgrounds of low sharpness beat 64 of high (Fig. 5)", sharp),
-        "blur": Claim("the same for motion blur of other directions", {
-            "8 against 1,024": few(replace(run, trained_on="blur-narrow")),
-            "wide against narrow": (replace(run, trained_on="blur-wide"),
-                                    replace(run, trained_on="blur-narrow"))},
-                      ("blur-other",), alike=False),
-        "noise": Claim("the same for noise of other kinds", {
-            f"on {kind}": few(replace(run, trained_on=kind)) for kind in NOISE}, ("other",)),
-        "capacity": Claim("it is not network capacity: `few` holds at other sizes", {
-            "5,115 parameters": few(replace(run, size=8)),
-            "75,747 parameters": few(replace(run, size=32))}),
-        "prior": Claim("a content prior generalises better than a network trained from nothing", {
-            f"{n:,}, {net}": (replace(run, net="prior", n=n), replace(run, net=net, n=n))
-            for n, net in itertools.product((1024, 8), ("resnet", "autoencoder"))}, alike=False),
-        "advice": Claim("trained as the paper advises, networks beat the opening (ours)", advice,
-                        alike=False),
+        "few": Claim(
+            "8 backgrounds beat 1,024 in unseen rain, when trained in small rain (Fig. 1, 4)",
+            number,
+            shown=shown,
+        ),
+        "steps": Claim(
+            f"what 8 gain over 1,024 is more after {steps:,} steps than after {first:,}",
+            {name: more(few(run), few(run, step=first)) for name, run in settings.items()},
+        ),
+        "benchmark": Claim(
+            "in the training rain, 1,024 backgrounds have a higher PSNR than 8 (Fig. 1)",
+            {name: better(run, replace(run, n=8), "small") for name, run in settings.items()},
+            "psnr",
+        ),
+        "factors": Claim(
+            "what 8 gain over 1,024 is more where one factor of rain leaves the training range",
+            {name: more(few(faces, name), few(faces, "small")) for name in FACTORS},
+        ),
+        "balance": Claim(
+            "what 1,024 gain over 8 is more if trained in large rain than if in small",
+            balance,
+            "psnr",
+            balance_map(faces) + balance_map(photos),
+        ),
+        "sharp": Claim(
+            "photographs: backgrounds of low sharpness beat those of high (Fig. 5); "
+            "and what 8 gain over 1,024 is less at low sharpness than at any",
+            sharp,
+        ),
+        "capacity": Claim(
+            "8 beat 1,024 with a quarter of the ResNet's parameters, and with four times",
+            {f"{size} channels": few(replace(faces, channels=size)) for size in (8, 32)},
+        ),
+        "prior": Claim(
+            "on 1,024 backgrounds, a content prior beats the ResNet and two controls",
+            prior,
+            "psnr",
+        ),
+        "noise": Claim(
+            "8 backgrounds beat 1,024 in other noise, when trained in Gaussian noise",
+            {test: few(noise, test) for test in ("correlated", "salt and pepper")},
+        ),
+        "advice": Claim(
+            "what `derain.py train` should do if it is not told otherwise",
+            {},
+            shown=[usual, *settings_of(usual)],
+        ),
     }
 
-def advised(run: Run) -> dict[str, Run]:
-    """The usual training on the images of `run`, and what the paper advises instead."""
-    large = replace(run, trained_on="large")
-    settings = {"resnet, usual": run, "resnet, few": replace(run, n=8),
-                "resnet, few and simple": replace(run, third="low", n=64),
-                "resnet, wide range, few and simple": replace(large, third="low", n=64)}
-    for net in ("resnet", "unet", "swinir"):
-        settings[f"{net}, wide range"] = replace(large, net=net)
-        settings[f"{net}, wide range and few"] = replace(large, net=net, n=64)
-    settings["lines, diverse"] = replace(run, net="lines", trained_on="diverse", n=64)
-    if run.images == "faces":  # 18 photographs do not make a prior
-        settings["prior, usual"] = replace(run, net="prior")
-        settings["prior, wide range"] = replace(large, net="prior")
-    return settings
 
-def balance_map(run: Run) -> list[Run]:
-    """The map of `balance`: number of backgrounds x range of training rain."""
-    cells = itertools.product(NUMBERS, RANGES)
-    return [replace(run, n=n, trained_on=rain) for n, rain in cells]
+def with_untrained(runs):
+    """Return runs, each once; then the rainy images and the openings, on the same images."""
+    empty = dict(channels=16, third="any", n=0, trained_on="", steps=0)
+    untrained = [replace(run, net=net, **empty) for run, net in product(runs, UNTRAINED)]
+    return list(dict.fromkeys(runs + untrained))
 
-def runs_of(name: str, claim: Claim, seeds: int) -> list[Run]:
-    """All runs that a claim needs, seed by seed, with the untrained ones."""
-    runs = list(itertools.chain(*claim.panels.values()))
-    if name == "balance":
-        for first, _ in [*claim.panels.values()][::2]:
-            runs += balance_map(first)
-    runs += [yardstick(run, net) for run, net in itertools.product(runs, ("rainy", "opening"))]
-    pairs = itertools.product(range(seeds), dict.fromkeys(runs))
-    return [replace(run, seed=seed) for seed, run in pairs]
 
-# ---- 4  What do the numbers say? -----------------------------------------------------------------
+def runs_of(claim):
+    """Return the runs that a claim needs."""
+    runs = list(claim.shown)
+    for terms in claim.panels.values():
+        runs += [term.run for term in terms]
+    return with_untrained(runs)
 
-SIGN = {"E_R": 1, "E_W": -1, "E_B": -1, "psnr": 1}  # -1: lower is better
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, by n - 1
 
-def values(table: dict, run: Run, tested_on: str, metric: str, seeds: int) -> np.ndarray:
-    """A metric of a run in each seed, (seeds,)."""
-    kinds = {"training": {run.trained_on}, "other": {*tests_of(run)} - {run.trained_on}}
-    kinds = kinds.get(tested_on, {tested_on})
-    found = []
-    for seed in range(seeds):
-        rows = table[replace(run, seed=seed)]
-        found.append(np.mean([row[metric] for row in rows if row["tested_on"] in kinds]))
-    return np.array(found)
+def seeded(runs, seeds):
+    """Return the runs with each of the seeds; a run's own seed is added, which keeps it apart."""
+    return [replace(run, seed=run.seed + seed) for seed, run in product(seeds, runs)]
 
-def effect(table: dict, pair: tuple, tested_on: str, metric: str, seeds: int) -> np.ndarray:
-    """What the claim says is above zero, in each seed: how much the first of the pair is better."""
-    first, second = (values(table, run, tested_on, metric, seeds) for run in pair)
-    return SIGN[metric] * (first - second)
 
-def verdict(effects: np.ndarray) -> tuple[float, float, str]:
-    """Mean of paired differences, half the width of its 95 % confidence interval, and a word."""
-    mean, n = effects.mean(), len(effects)
-    if n < SEEDS:
-        return mean, math.nan, "too few seeds"
-    half = T_975[n - 2] * effects.std(ddof=1) / math.sqrt(n)
-    if abs(mean) <= half:
-        return mean, half, "undecided"
-    return mean, half, "reproduced" if mean > 0 else "refuted"
+def whole(table, runs, seeds):
+    """Return whether the table holds all of the runs with all of the seeds."""
+    return all(finished(table, run) for run in seeded(runs, seeds))
 
-def map_of(table: dict, run: Run, metric: str, seeds: int) -> np.ndarray:
-    """A metric in unseen rain: (numbers of backgrounds, ranges of training rain, seeds)."""
-    cells = [values(table, cell, "unseen", metric, seeds) for cell in balance_map(run)]
-    return np.reshape(cells, (len(NUMBERS), len(RANGES), seeds))
 
-def map_of_toy() -> dict[str, np.ndarray]:
-    """The same three of toy_denoise.py, (tones in functions, tones in noise, seeds)."""
-    rows = csv.DictReader(open(FIGURES / "toy.csv", encoding="utf-8"))
-    found = [(float(row["noise_left"]), float(row["damage"])) for row in rows
-             if (row["noise"], row["restorer"]) == ("unseen band", "network")]
-    left, damage = np.reshape(found, (4, 4, -1, 2)).transpose(3, 0, 1, 2)
-    error = np.hypot(left, damage)
-    return {"E_R": 100 - left, "E_W": error, "psnr": -20 * np.log10(error / 100)}
+# ---- 4  Verdicts: what do the numbers say? ------------------------------------------------------
 
-def balance_lines(claim: Claim, table: dict, seeds: int) -> list[str]:
-    """Best numbers of backgrounds, seed by seed, as lines of claims.md."""
-    lines = ["", "The best number of backgrounds in unseen rain, in each seed:", ""]
-    for run, _ in [*claim.panels.values()][::2]:
-        for metric in ("E_R", "E_W", "psnr"):
-            best = (SIGN[metric] * map_of(table, run, metric, seeds)).argmax(0)  # (ranges, seeds)
-            numbers = np.array(NUMBERS)[best]
-            lists = [f"{rain} rain {', '.join(map(str, line))}"
-                     for rain, line in zip(RANGES, numbers)]
-            doublings = np.log2(numbers[-1] / numbers[0])
-            lines.append(f"- {run.images}, by {metric}: {'; '.join(lists)}.  Large less small rain,"
-                         f" in doublings: {cell(doublings)}")
-    return lines
+SIGN = np.array([-1, -1, 1])  # of the MEASURES: -1 if what is nearer to 0 is better
+# 97.5 % quantiles of Student's t-distribution with 1, 2, ... degrees of freedom
+T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
-def cell(effects: np.ndarray) -> str:
-    """Effects as text."""
-    mean, half, word = verdict(effects)
-    return f"{mean:+.1f} ± {half:.1f} ({(effects > 0).sum()} of {len(effects)}) {word}"
 
-def claim_lines(claim: Claim, table: dict, seeds: int) -> list[str]:
-    """A claim's verdicts and its table, as lines of claims.md."""
-    lines = ["| panel | tested on | E_W: first, second, opening, rainy | E_R | E_W | PSNR |",
-             "|---|---|---|---|---|---|"]
-    verdicts = []
-    for tested_on in claim.tested_on:
-        total = np.zeros((3, seeds))
-        for label, pair in claim.panels.items():
-            runs = (*pair, yardstick(pair[0], "opening"), yardstick(pair[0], "rainy"))
-            errors = [values(table, run, tested_on, "E_W", seeds).mean() for run in runs]
-            effects = [effect(table, pair, tested_on, m, seeds) for m in ("E_R", "E_W", "psnr")]
-            total += effects
-            words = [label, tested_on, ", ".join(f"{e:.1f}" for e in errors), *map(cell, effects)]
-            lines.append(f"| {' | '.join(words)} |")
-        means = total / len(claim.panels)
-        if claim.alike:
-            verdicts.append([f"tested on {tested_on}", *(verdict(mean)[2] for mean in means)])
-            words = ["**mean of the panels**", tested_on, "", *map(cell, means)]
-            lines.append(f"| {' | '.join(words)} |")
-    sentences = ["**{}**: by E_R {}, by E_W {}, by PSNR {}.".format(*words) for words in verdicts]
-    return [*sentences, "", *lines] if sentences else lines
+class Verdict(NamedTuple):
+    """The mean of a contrast, half of its 95 % interval, and what follows."""
 
-# ---- 5  What does it look like? ------------------------------------------------------------------
+    mean: float
+    half: float
+    agree: int  # seeds in which the contrast is above zero
+    word: str  # "reproduced", "opposite" or "undecided"
 
-MEASURES = {"E_R": "E_R, change where wet\n(high: removal or damage)",
-            "E_W": "E_W, error where wet\n(lower: better)",
-            "E_B": "E_B, error elsewhere\n(lower: better)", "psnr": "PSNR, dB\n(higher: better)"}
 
-def figure_pairs(claim: Claim, table: dict, seeds: int) -> Figure:
-    """A panel in each row, a measure in each column; a line for each seed, thick for the mean."""
-    figure = Figure(figsize=(9, 1.2 + 1.6 * len(claim.panels)), layout="constrained")
-    grid = figure.subplots(len(claim.panels), 4, squeeze=False)
-    tested_on = claim.tested_on[0]
-    for line, (label, pair) in zip(grid, claim.panels.items()):
-        differ = [key for key in asdict(pair[0]) if getattr(pair[0], key) != getattr(pair[1], key)]
-        for axes, metric in zip(line, MEASURES):
-            first, second = (values(table, run, tested_on, metric, seeds) for run in pair)
-            axes.plot([0, 1], [first, second], color="#0072b2", lw=0.7)
-            axes.plot([0, 1], [first.mean(), second.mean()], "o-", color="#0072b2", lw=3)
-            for net, style in (("rainy", ":"), ("opening", "--")):
-                mean = values(table, yardstick(pair[0], net), tested_on, metric, seeds).mean()
-                axes.axhline(mean, color="#d55e00", ls=style, lw=1, label=net)
-            if metric == "E_R":
-                ideal = values(table, pair[0], tested_on, "E_R_ideal", seeds).mean()
-                axes.axhline(ideal, color="black", lw=1, label="ideal")
-            axes.set_xticks([0, 1], [getattr(run, differ[0]) for run in pair], fontsize=8)
-            axes.set(xlim=(-0.3, 1.3))
-            axes.set_title(MEASURES[metric] if line[0] is grid[0, 0] else "", fontsize=9)
-        line[0].set_ylabel(label, fontsize=8)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"{claim.paper}; tested on: {tested_on}", fontsize=10, wrap=True)
+def verdict(effects, photographs=False):
+    """Return the verdict on a contrast, from its values in 2 to 10 seeds.
+
+    photographs: the seeds share the same images, so they are not independent.  The variance of the
+    mean is then (1 / n + 6 / 18) s^2 (Nadeau & Bengio 2003), for 6 images to test and 18 to train.
+    """
+    n = len(effects)
+    mean = np.mean(effects)
+    variance = np.var(effects, ddof=1) * (1 / n + (6 / 18 if photographs else 0))
+    half = T_975[n - 2] * sqrt(variance)
+    word = "undecided"
+    if abs(mean) > half:
+        word = "reproduced" if mean > 0 else "opposite"
+    return Verdict(mean, half, sum(effects > 0), word)
+
+
+def measured(table, run, test, step, seeds):
+    """Return what a run measured in a test after a step, (seeds, measures); NaN if it did not.
+
+    What was not trained is measured at step 0, which stands for every step.
+    """
+    rows = []
+    for one in seeded([run], seeds):
+        found = table.get((one, test, step if run.steps else 0), {})
+        rows.append([found.get(name, nan) for name in MEASURES])
+    return np.array(rows)
+
+
+def judge(table, terms, seeds):
+    """Return the verdict on a contrast by each of the MEASURES; rain left counts by its size."""
+    effects = 0
+    for term in terms:
+        found = measured(table, term.run, term.test, term.step, seeds)
+        effects += term.weight * SIGN * abs(found)
+    photographs = terms[0].run.images not in PAINTERS
+    return {name: verdict(effects[:, i], photographs) for i, name in enumerate(MEASURES)}
+
+
+# ---- 5  Advice: what should `derain.py train` do if it is not told otherwise? -------------------
+
+# The choice is by the mean PSNR in these, so for the chosen one no rain is unseen any more.
+CHOSEN_BY = ("unseen", "group medium", "group large")
+
+
+def settings_of(usual):
+    """Return the twelve settings to choose from; usual: 1,024 backgrounds, any, in small rain."""
+    low = replace(usual, third="low")
+    settings = []
+    for rain in ("medium", "large"):
+        settings.append(replace(low, net="swinir", n=64, trained_on=rain))
+        for net, n in product(("resnet", "unet"), (64, MANY)):
+            settings.append(replace(low, net=net, n=n, trained_on=rain))
+    return settings + [replace(usual, net=net, trained_on="large") for net in ("resnet", "unet")]
+
+
+def score(table, run, seeds):
+    """Return the mean PSNR of a setting in the rains of the choice."""
+    return np.mean([measured(table, run, test, run.steps, seeds)[:, 2] for test in CHOSEN_BY])
+
+
+def add_check(claims, table, seeds):
+    """Add the claim "check", on the best setting and the usual one, once the choice is possible."""
+    usual, *settings = claims["advice"].shown
+    if whole(table, [usual, *settings], seeds):
+        best = max(settings, key=lambda run: score(table, run, seeds))
+        shown = [replace(run, split="check") for run in (best, usual)]
+        statement = f"{label(best)}: the best of `advice`, on the photographs that were set aside"
+        claims["check"] = Claim(statement, {}, shown=shown)
+
+
+# ---- 6  Report: what stands in claims.md? -------------------------------------------------------
+
+INTRODUCTION = """\
+# The claims, and what came out
+
+Written by claims.py from runs.csv, for the seeds {seeds.start} to {last}.
+
+{count} verdicts.  If no effect existed, 5 % of them, {chance:.1f}, would be decided all the same.
+
+A panel is a contrast: how much better one training is than another, or how much more so here than
+there.  It is oriented so that the claim holds above zero, and stands as the mean over the seeds ±
+half of its 95 % interval.  Rain left (%) enters as -|rain left|, damage (grey levels) as -damage,
+so that more is better in every column.  The claim's primary measure, fixed before the first run,
+decides: *reproduced* above zero, *opposite* below, *undecided* if the interval contains it.  The
+last columns hold the primary measure in the three rains of the paper's group.  The second table of
+a claim holds means over the seeds; where there is no rain (dry), rain left is not a number (nan).
+
+A seed changes all at once: images, patches, first weights, rain, tests.  What a panel compares
+shares all of these but what the panel names.  Photographs are the same in every seed, and only
+divided anew: their intervals use the variance of Nadeau & Bengio (2003), and say nothing of other
+photographs.  Panels share seeds and runs, so they are not independent.
+"""
+NOTES = {
+    "prior": """
+The prior was pre-trained on clean images, at first without its codebook; codebook and decoder are
+then frozen, and the encoder learns by L1 and by the distance from the codes of the clean image.
+Control "from nothing" has the same parts, but none is pre-trained and all are trained, by L1 and
+the loss of the codebook; unused codes are not replaced.  Control "no codebook" differs in the
+codebook alone: latents pass unquantized, in pre-training and after it.  The ResNet differs in all
+of this, has fewer parameters, and a learning rate four times as high.
+""",
+    "advice": """
+Each setting was trained on photographs without every third of them, in the order of file names,
+with other seeds, from 100 on (90 is added to those above).  The best is chosen by the mean PSNR in
+`unseen`, `group medium` and `group large`: for it, none of these is unseen any more.
+""",
+    "check": """
+The chosen setting and the usual one, trained on the same photographs, and tested on those that were
+set aside.  "dry" are photographs without rain.
+""",
+}
+
+
+def label(run):
+    """Return what a run is, as a cell of a table."""
+    images = run.images.split("-")[0]
+    if not run.steps:
+        return f"{run.net}, {images}"
+    return f"{run.net} {run.channels}, {images}, {run.n:,} {run.third}, {run.trained_on}"
+
+
+def table_lines(rows):
+    """Return rows of cells, of which the first are headings, as a table in Markdown."""
+    rows.insert(1, ["---"] * len(rows[0]))
+    return ["", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def interval(found):
+    """Return a verdict's interval as text."""
+    return f"{found.mean:+.1f} ± {found.half:.1f}"
+
+
+def number_lines(table, runs, columns, seeds):
+    """Return a table of the measures of runs; columns: pairs of a test and a step."""
+    heading = ["rain left % / damage / PSNR dB"]
+    rows = [heading + [f"{test}, step {step:,}" for test, step in columns]]
+    for run in runs:
+        row = [label(run)]
+        for test, step in columns:
+            means = measured(table, run, test, step, seeds).mean(0)
+            row.append(" / ".join(f"{mean:.1f}" for mean in means))
+        rows.append(row)
+    return table_lines(rows)
+
+
+def claim_lines(table, name, claim, panels, seeds):
+    """Return a claim's part of claims.md; panels: those that are finished."""
+    rows = [["panel", f"verdict by {claim.primary}", *MEASURES, *GROUP]]
+    columns = set()
+    for panel, terms in panels.items():
+        judged = judge(table, terms, seeds)
+        found = judged[claim.primary]
+        psnr = judged["psnr"]
+        text = f"**{found.word}**, {found.agree} of {len(seeds)} seeds"
+        if psnr.word not in ("undecided", found.word):
+            text += f"; by PSNR **{psnr.word}**"
+        row = [panel, text, *map(interval, judged.values())]
+        for test in GROUP:
+            elsewhere = [term._replace(test=test) for term in terms if term.test == "unseen"]
+            row.append(interval(judge(table, elsewhere, seeds)[claim.primary]) if elsewhere else "")
+        rows.append(row)
+        columns |= {(term.test, term.step) for term in terms}
+    runs = sorted(run for run in runs_of(claim) if whole(table, [run], seeds))
+    last = max(run.steps for run in runs)
+    columns |= {(test, last) for test in ("unseen", *GROUP, "dry")}
+    numbers = number_lines(table, runs, sorted(columns), seeds)
+    heading = f"\n## {name}: {claim.statement}"
+    verdicts = table_lines(rows) if panels else []
+    return [heading, NOTES.get(name, ""), *verdicts, *numbers]
+
+
+# ---- 7  Figures: what is seen at a glance? ------------------------------------------------------
+
+COLOURS = {"reproduced": "#0072b2", "opposite": "#d55e00", "undecided": "0.5"}
+
+
+def figure_verdicts(results):
+    """Draw all intervals, a line a panel; results: {name and measure of the panel: Verdict}."""
+    figure = Figure((11, 1.5 + 0.25 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    for i, found in enumerate(results.values()):
+        axes.errorbar(found.mean, i, xerr=found.half, fmt="o", color=COLOURS[found.word])
+    axes.axvline(0, color="black")
+    axes.set_yticks(range(len(results)), results)
+    axes.invert_yaxis()
+    axes.set(
+        title="The claim holds above 0.  Blue: reproduced, red: opposite, grey: undecided",
+        xlabel="mean contrast and its 95 % interval, in % of the rain or in dB",
+        xscale="symlog",
+    )
     return figure
 
-def figure_balance(claim: Claim, table: dict, seeds: int) -> Figure:
-    """Maps of complexity of content x of degradation, of the toy, of faces, of photographs."""
-    maps = {"1-D toy": map_of_toy()}
-    for run, _ in [*claim.panels.values()][::2]:
-        maps[run.images.split("-")[0]] = {
-            metric: map_of(table, run, metric, seeds) for metric in ("E_R", "E_W", "psnr")}
-    figure = Figure(figsize=(9, 0.9 + 2.7 * len(maps)), layout="constrained")
-    for line, (world, metrics) in zip(figure.subplots(len(maps), 3), maps.items()):
-        toy = world == "1-D toy"
-        line[0].set_ylabel(f"{world}\n{'K, tones of function' if toy else 'backgrounds'}")
-        for axes, (metric, cells) in zip(line, metrics.items()):
-            good = SIGN[metric] * cells
-            axes.imshow(good.mean(-1), "cividis", origin="lower", aspect="auto")
-            for (i, j), mean in np.ndenumerate(cells.mean(-1)):
-                box = {"fc": "white", "lw": 0, "alpha": 0.8, "pad": 1.5}
-                label = f"{mean:.1f}" if metric == "psnr" else f"{mean:.0f}"
-                if i == good.mean(-1)[:, j].argmax():
-                    box.update(alpha=1, lw=2.5, ec="#d55e00")
-                    wins = (good[:, j].argmax(0) == i).sum()
-                    label += f"\n{wins} of {cells.shape[2]}"
-                axes.text(j, i, label, ha="center", va="center", fontsize=9, bbox=box)
-            axes.set_xticks(range(cells.shape[1]), (1, 2, 4, 8) if toy else RANGES)
-            axes.set_yticks(range(4), (1, 2, 4, 8) if toy else NUMBERS)
-            axes.set_xlabel("J, tones of training noise" if toy else "range of training rain")
-            names = {"E_R": "noise removed, %", "E_W": "error, %", "psnr": "error, dB"}
-            axes.set_title(names[metric] if toy else MEASURES[metric], fontsize=9)
-    figure.suptitle("Unseen noise and rain.  Yellow is good; framed: the best of a column, and in"
-                    " how many seeds", fontsize=11)
+
+def figure_balance(table, runs, seeds):
+    """Draw the PSNR in unseen rain; runs: those of two balance maps."""
+    figure = Figure((10, 5), layout="constrained")
+    figure.suptitle("PSNR in unseen rain, dB.  Framed: the best number for each training rain")
+    for axes, runs in zip(figure.subplots(1, 2), (runs[:12], runs[12:])):
+        found = [measured(table, run, "unseen", run.steps, seeds)[:, 2].mean() for run in runs]
+        cells = np.reshape(found, (4, 3))
+        axes.imshow(cells, "Blues", aspect="auto", alpha=0.5)
+        for (i, j), mean in np.ndenumerate(cells):
+            frame = {"fc": "none", "lw": 3} if mean == cells[:, j].max() else None
+            axes.text(j, i, f"{mean:.1f}", size=16, ha="center", va="center", bbox=frame)
+        axes.set_xticks(range(3), RANGES)
+        axes.set_yticks(range(4), NUMBERS)
+        axes.set(title=runs[0].images, xlabel="range of training rain", ylabel="backgrounds")
     return figure
 
-COLOURS = {"usual": "0.6", "few": "#e69f00", "few and simple": "#f0e442", "wide range": "#56b4e9",
-           "wide range and few": "#0072b2", "wide range, few and simple": "#009e73",
-           "diverse": "#d55e00"}
-MARKERS = {"resnet": "o", "unet": "s", "swinir": "D", "prior": "^", "lines": "P"}
 
-def figure_advice(claim: Claim, table: dict, seeds: int) -> Figure:
-    """E_W against E_B of each training, and of the opening; lines of about equal PSNR."""
-    worlds = [*dict.fromkeys(run.images for run, _ in claim.panels.values())]
-    figure = Figure(figsize=(4 * len(worlds) + 2.4, 7.6), layout="constrained")
-    grid = figure.subplots(2, len(worlds), squeeze=False)
-    for axes, (tested_on, images) in zip(grid.flat, itertools.product(claim.tested_on, worlds)):
-        def means(run):
-            return [values(table, run, tested_on, m, seeds).mean() for m in ("E_B", "E_W", "psnr")]
-
-        panels = {k: pair for k, pair in claim.panels.items() if pair[0].images == images}
-        points = {}
-        for label, (run, opening) in panels.items():
-            net, setting = label.split(": ")[1].split(", ", 1)
-            points[setting, net] = means(run)[:2]
-            axes.plot(*points[setting, net], MARKERS[net], color=COLOURS[setting], mec="black",
-                      ms=13 if net == "lines" else 9, zorder=3, label=f"{net}, {setting}")
-        steps = ("usual", "few and simple", "wide range, few and simple")
-        path = np.array([points[setting, "resnet"] for setting in steps])  # (3, 2)
-        axes.plot(path[:, 0], path[:, 1], "k--", lw=1, zorder=1,
-                  label="the paper's advice, step by step")
-        axes.plot(*means(opening)[:2], "*", color="black", ms=15, label="opening, untrained")
-        dry, wet, db = means(yardstick(opening, "rainy"))  # these three give the share of wet
-        share = (255 ** 2 * 10 ** (-db / 10) - dry ** 2) / (wet ** 2 - dry ** 2)
-        x, y = np.meshgrid(np.linspace(0, axes.get_xlim()[1]), np.linspace(0, axes.get_ylim()[1]))
-        error = np.maximum(share * y ** 2 + (1 - share) * x ** 2, 1)
-        lines = axes.contour(x, y, -10 * np.log10(error / 255 ** 2), range(14, 32, 2),
-                             colors="0.8", linewidths=0.8, zorder=0)
-        axes.clabel(lines, fmt="%d dB", fontsize=7)
-        axes.set(title=f"{images.split('-')[0]}, tested on {tested_on}",
-                 xlabel="E_B, error where dry", ylabel="E_W, error where wet")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle("Lower left is better.  Usual: 1,024 backgrounds in `small` rain; wide range:"
-                    " `large` rain; diverse: `diverse` rain on 64; few: 8, in wide range 64;"
-                    " simple: the 64 least sharp of 192",
-                    fontsize=10, wrap=True)
+def figure_advice(table, runs, seeds):
+    """Draw rain left against damage of each run; a point is the run's number in the legend."""
+    figure = Figure((15, 5), layout="constrained")
+    figure.suptitle("Photographs: what a training leaves of the rain, and what it damages")
+    grid = figure.subplots(1, len(CHOSEN_BY))
+    for axes, test in zip(grid, CHOSEN_BY):
+        for i, run in enumerate(runs):
+            left, damage, _ = measured(table, run, test, run.steps, seeds).mean(0)
+            axes.scatter(damage, left, marker=f"${i}$", label=label(run))
+        axes.set(title=test, xlabel="damage, grey levels", ylabel="rain left, %")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right")
     return figure
 
-def figure_photograph(model: str) -> tuple[Figure, list[dict]]:
-    """Grace Hopper (matplotlib's sample) in unseen rain, behind the opening and a checkpoint."""
-    clean = derain.open_image(get_sample_data("grace_hopper.jpg", asfileobj=False))[None]
-    rainy = degradation("unseen")(clean, derain.stream(0, "photograph"))
-    network = derain.load_checkpoint(model)
-    outputs = {"unseen rain": rainy, "opening, untrained": derain.opening(rainy),
-               "trained": derain.restore(network, rainy[0])[None], "clean": clean}
-    figure, rows = Figure(figsize=(11, 4), layout="constrained"), []
-    for axes, (name, output) in zip(figure.subplots(1, 4), outputs.items()):
-        rows.append({"output": name, **derain.decoupled_evaluation(output, rainy, clean)})
-        axes.imshow(output[0].permute(1, 2, 0).numpy())
-        axes.set(title=name, xticks=[], yticks=[])
-        if output is not clean:
-            axes.set_xlabel("E_W {E_W:.1f}, E_B {E_B:.1f}, {psnr:.1f} dB".format(**rows[-1]))
-    dry = {"opening": derain.opening(clean), "trained": derain.restore(network, clean[0])[None]}
-    for name, output in dry.items():  # what is done to an image without rain
-        rows.append({"output": f"{name}, dry", **derain.decoupled_evaluation(output, clean, clean)})
-    return figure, rows
 
-def statistics(claims: dict[str, Claim], seeds: int) -> list[str]:
-    """What the verdicts rest on, as lines of claims.md."""
-    panels = sum(len(claim.panels) * len(claim.tested_on) for claim in claims.values())
-    return ["## What the statistics rest on", "", *f"""
-- A seed changes all at once: the images (for photographs, which are held out), the patches, the
-  network's first weights, the training rain, the test images and the test rain.
-- The runs of a pair share all of these but the one thing in which they differ, so differences are
-  taken within a seed; the interval is Student's t for {seeds} differences.
-- Panels are not independent: they share seeds, and often one of their two runs.  The mean of the
-  panels is taken within each seed first, so its interval allows for that.
-- The photographs are 24, the same for all seeds, split anew: intervals say nothing of others.
-- There are {panels} comparisons of two runs in each of three measures, {3 * panels} in all.  If no
-  effect existed, about {0.05 * 3 * panels:.0f} would be called reproduced or refuted by chance.
-- Decided beforehand: claims, panels, seeds, steps, measures, the verdict.  Decided after a look at
-  shorter trainings: 2,400 steps; that E_R alone decides nothing; 4 channels a group in the prior.
-  Decided on seed 100 and other photographs: the prior's loss, size and pre-training; `lines`.
-""".strip().splitlines()]
+def figure_default(runs, folder, photographs):
+    """Draw a photograph that was set aside, in rain and dry, through the chosen and the usual."""
+    clean = photographs[::3][:3][-1][None, :, :320, :320]  # the third of those
+    rainy = degradation("unseen")(clean, derain.stream(0, "default"))
+    figure = Figure((13, 7), layout="constrained")
+    for line, image in zip(figure.subplots(2, 4), (rainy, clean)):
+        outputs = {"input": image, "opening 7": derain.opening(image, 7)}
+        for run in runs:
+            network = make_network(run)
+            weights = torch.load(file_of(run, folder, "pt"), weights_only=True)
+            network.load_state_dict(weights)
+            outputs[label(run)] = derain.restore(network, image[0])[None]
+        for axes, (name, output) in zip(line, outputs.items()):
+            axes.imshow(output[0].permute(1, 2, 0))
+            axes.set(
+                title=name, xlabel=f"{derain.psnr(output, clean):.1f} dB", xticks=[], yticks=[]
+            )
+    return figure
 
-def report(claims: dict[str, Claim], table: dict, seeds: int, out: Path) -> None:
-    """Draw a figure for each claim, and write claims.md."""
-    lines = ["# The claims, and what came out", "",
-             f"By claims.py, from runs.csv, seeds 0 to {seeds - 1}.  E_R, E_W, PSNR: by how much"
-             " the first of two runs is better, mean and half of the 95 % confidence interval."]
-    figures = {"balance": figure_balance, "advice": figure_advice}
+
+# ---- 8  Command line: what is asked for? --------------------------------------------------------
+
+
+def report(table, claims, wanted, seeds):
+    """Return the lines of claims.md on what is finished, and its figures by name.
+
+    Tells what is left out of the wanted claims.
+    """
+    lines = []
+    results = {}
+    figures = {}
     for name, claim in claims.items():
-        lines += ["", f"## {name}: {claim.paper}", "", *claim_lines(claim, table, seeds)]
-        if name == "balance":
-            lines += balance_lines(claim, table, seeds)
-        figure = figures.get(name, figure_pairs)(claim, table, seeds)
-        figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
-        print(f"wrote {out / name}.png")
-    lines += ["", *statistics(claims, seeds)]
-    (out / "claims.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"wrote {out / 'claims.md'}")
+        panels = {}
+        for panel, terms in claim.panels.items():
+            if whole(table, [term.run for term in terms], seeds):
+                panels[panel] = terms
+                found = judge(table, terms, seeds)[claim.primary]
+                results[f"{name}: {panel} ({claim.primary})"] = found
+        complete = whole(table, runs_of(claim), seeds)
+        if name in wanted and not complete:
+            left_out = sorted(claim.panels.keys() - panels)
+            print(f"{name}: left out, as runs are missing", *left_out, sep=" | ")
+        if panels or complete:
+            lines += claim_lines(table, name, claim, panels, seeds)
 
-# ---- 6  Command line -----------------------------------------------------------------------------
+    if whole(table, claims["balance"].shown, seeds):
+        figures["balance"] = figure_balance(table, claims["balance"].shown, seeds)
+    if "check" in claims:
+        figures["advice"] = figure_advice(table, runs_of(claims["advice"]), seeds)
+    if results:
+        count = len(results)
+        text = INTRODUCTION.format(seeds=seeds, last=seeds[-1], count=count, chance=count / 20)
+        lines.insert(0, text)
+        figures["verdicts"] = figure_verdicts(results)
+    return lines, figures
 
-def main() -> None:
-    """Do the missing runs, collect them, and report."""
-    parser = derain.Parser(description="Test the paper's claims.", prog="claims.py",
-                           epilog="example: python figures/claims.py few --seeds 2 --steps 200",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("claims", nargs="*", metavar="CLAIM", help="few, balance ... (none: all)")
-    parser.add_argument("--backgrounds", metavar="PATH", help="photographs, for their panels")
-    parser.add_argument("--seeds", type=int, default=SEEDS, choices=range(2, 11), metavar="N")
-    parser.add_argument("--steps", type=partial(derain.whole, least=1), default=STEPS, metavar="N")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of finished runs")
-    parser.add_argument("--fresh", action="store_true", help="do not read figures/runs.csv")
-    parser.add_argument("--photograph", metavar="MODEL", help="only draw photograph.png with it")
+
+def main():
+    """Do what is missing, collect it in runs.csv, and report."""
+    parser = ArgumentParser(
+        usage="claims.py [CLAIM...] [OPTIONS]",
+        description="Which of the paper's claims hold here?",
+    )
+    add = parser.add_argument
+    add("claims", nargs="*", help="few, steps, ..., noise, advice; without, all of them")
+    add("--seeds", type=int, default=5, choices=range(2, 11), help="number of seeds, 2 to 10 (5)")
+    add("--first", type=int, default=10, help="the first of them (10)")
+    add(
+        "--steps",
+        type=int,
+        default=STEPS,
+        help="of each training (2400); with others, figures/ stays as it is",
+    )
+    add("--backgrounds", help="folder of photographs, for the panels on photographs")
+    add("--runs", type=Path, help="folder for all that is written, in place of runs/ and figures/")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the same bytes on any number of cores
-    if args.photograph:
-        derain.save_figure(*figure_photograph(args.photograph), FIGURES / "photograph.png")
-        return
-    standard = args.seeds >= SEEDS and args.steps == STEPS and not args.fresh
-    out = FIGURES if standard else args.runs
-    args.runs.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+
+    folder = args.runs or FIGURES.parent / "runs"
+    out = args.runs or (FIGURES if args.steps == STEPS else folder)
     table = read_table(out / "runs.csv")
-    photographs = ""
-    if args.backgrounds:
-        names = "".join(file.name for file in derain.image_files(args.backgrounds))
-        photographs = f"photographs-{zlib.crc32(names.encode()):08x}"
-    for run in table:
-        if run.images.startswith("photographs") and not photographs:
-            photographs = run.images
-    claims = make_claims(photographs, args.steps)
-    for name in args.claims:
-        if name not in claims:
-            parser.error(f"there is no claim {name!r}; there are {', '.join(claims)}")
-    runs = {name: runs_of(name, claims[name], args.seeds) for name in claims}
-    for name in args.claims or claims:
-        do_runs(runs[name], table, args.runs, args.backgrounds)
-    finished = {name: claims[name] for name in claims if table.keys() >= set(runs[name])}
-    if os.environ.get("RANK", "0") == "0" and finished:
-        write_table(table, out / "runs.csv")
-        report(finished, table, args.seeds, out)
+
+    photographs = tuple(derain.load_images(args.backgrounds, 96)) if args.backgrounds else ()
+    known = [run.images for run, _, _ in table if run.images not in PAINTERS]
+    images = max(known, key=known.count, default="photographs")
+    if photographs:
+        pixels = b"".join(image.numpy().tobytes() for image in photographs)
+        images = f"photographs-{zlib.crc32(pixels):08x}"
+
+    claims = make_claims(images, args.steps)
+    wanted = args.claims or list(claims)
+    if args.steps < 1 or not claims.keys() >= set(wanted):
+        parser.error(f"steps are above 0, and the claims are {', '.join(claims)}")
+    seeds = range(args.first, args.first + args.seeds)
+    runs = []
+    for name in wanted:
+        runs += seeded(runs_of(claims[name]), seeds)
+    folder.mkdir(parents=True, exist_ok=True)
+    do_runs(list(dict.fromkeys(runs)), table, folder, photographs)
+    add_check(claims, table, seeds)
+    if "advice" in wanted and "check" in claims:
+        do_runs(seeded(runs_of(claims["check"]), seeds), table, folder, photographs)
+    if RANK:
+        return
+
+    lines, figures = report(table, claims, wanted, seeds)
+    if not lines:
+        print("nothing is finished, so nothing was written; --backgrounds PATH gives photographs")
+        return
+    if "check" in claims:
+        runs = seeded(claims["check"].shown, seeds[:1])
+        if photographs and all(file_of(run, folder, "pt").exists() for run in runs):
+            figures["default"] = figure_default(runs, folder, photographs)
+    for name, figure in figures.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=110, metadata={"Software": None})
+        write(out / f"{name}.png", picture.getvalue())
+    write_table(table, out / "runs.csv")
+    write(out / "claims.md", "\n".join([*lines, ""]).encode())
+    print(f"wrote claims.md and {', '.join(figures)} in {out}")
+
 
 if __name__ == "__main__":
     try:
         main()
     except (derain.BadInput, OSError) as problem:
-        print(f"claims.py: {problem}", file=sys.stderr)
+        print("claims.py:", problem, file=sys.stderr)
         sys.exit(2)

@@ -1,146 +1,185 @@
 """How is rain made, what stands behind it, and how is its removal measured?  Three pictures.
 
-    python figures/explain.py        draws rain.png, backgrounds.png and decoupled.png into figures/
+python figures/explain.py        draws rain.png, backgrounds.png and decoupled.png into figures/
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, conv2d, pad
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import derain  # noqa: E402
 
-def show(axes, picture: Tensor, title: str = "", **options):
-    """Draw an image (3, h, w) or a map (h, w) without ticks; returns matplotlib's handle."""
+
+def show(axes, picture: Tensor, title: str = ""):
+    """Draw an image (3, h, w), or a map (h, w) in grey, without ticks."""
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=10)
-    picture = (picture.permute(1, 2, 0) if picture.ndim == 3 else picture).numpy()
-    return axes.imshow(picture, **{"cmap": "gray", "vmin": 0, "vmax": 1, **options})
+    if picture.ndim == 3:
+        picture = picture.permute(1, 2, 0)
+    axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
 
-# ---- 1  How is rain made? ------------------------------------------------------------------------
 
-FACTORS = {"quantity": 50, "width": 2, "length": 18, "direction": 10}  # of rain, when fixed
-LEVELS = {"quantity": (10, 40, 80, 160), "width": (1, 1.5, 2, 3), "length": (6, 12, 24, 36),
-          "direction": (-45, 0, 45, 70)}
-UNITS = {"quantity": " / 10⁴ px", "width": " px", "length": " px", "direction": "°"}
+def face(seed: int, i: int):
+    """Return drawn face number i of a seed, (3, 256, 256)."""
+    return torch.from_numpy(derain.draw_face(derain.IMAGE, derain.stream(seed, "figure face", i)))
 
-def draw_steps(line: list, seed: int) -> None:
-    """The steps from uniform noise to a rainy image, in a line of five axes."""
-    noise = torch.from_numpy(derain.stream(seed, "figure").random((1, 96, 96), dtype="float32"))
+
+# ---- 1  How is rain made? -----------------------------------------------------------------------
+
+FIXED = (50, 2, 18, 10)  # quantity, width, length, direction, where they are fixed
+LEVELS = {
+    "quantity\n(per 10⁴ pixels)": (10, 40, 80, 160),
+    "width (pixels)": (1, 1.5, 2, 3),
+    "length (pixels)": (6, 12, 24, 36),
+    "direction (°)": (-45, 0, 45, 70),
+}
+SIDE = 96  # of a rain layer in the figure, in pixels
+
+
+def draw_steps(line, seed: int):
+    """Draw the steps from uniform noise to a rainy image into five axes."""
+    rng = derain.stream(seed, "figure")
+    noise = torch.from_numpy(rng.random((1, SIDE, SIDE), "float32"))
     seeds = derain.streak_seeds(noise, torch.tensor([60.0]))
     kernel = derain.streak_kernel(2, 16, 20)
-    rain = F.conv2d(seeds[None], kernel.flip(0, 1)[None, None], padding="same").clamp(0, 1)
-    face = derain.draw_background("faces", 96, derain.stream(seed, "figure background"))
-    rainy = derain.add_rain(face[None], rain)
-    steps = {"1  uniform noise": noise[0], "2  brightest 0.6 %: seeds": seeds[0],
-             "3  kernel: one streak": kernel, "4  filtered seeds: rain R": rain[0, 0],
-             "5  clip(background + R)": rainy[0]}
-    for axes, (title, picture) in zip(line, steps.items()):
-        show(axes, picture, title)
+    rain = conv2d(seeds[None], kernel.flip(0, 1)[None, None], padding="same").clamp(0, 1)
+    background = face(seed, 0)[None, :, 60 : 60 + SIDE, 60 : 60 + SIDE]
 
-def draw_layer(axes, layer: Tensor, row: str, title: str, rain_range: derain.RainRange) -> dict:
-    """Draw a rain layer (h, w); returns its numbers."""
+    show(line[0], noise[0], "1  uniform noise")
+    show(line[1], seeds[0], "2  brightest 0.6 %: seeds")
+    show(line[2], kernel, "3  kernel: one streak")
+    show(line[3], rain[0, 0], "4  filtered seeds: rain R")
+    show(line[4], derain.add_rain(background, rain)[0], "5  clip(background + R)")
+
+
+def draw_layer(axes, layer: Tensor, name: str, title: str) -> dict:
+    """Draw a rain layer (h, w); return its row: what share of it is wet."""
     show(axes, layer, title)
-    wet = (layer > derain.RAIN_THRESHOLD).float().mean().item()
-    intervals = {name: "{} to {}".format(*getattr(rain_range, name)) for name in FACTORS}
-    return {"row": row, **intervals, "mean_rain": layer.mean().item(), "wet_share": wet}
+    wet = (layer > derain.RAIN_THRESHOLD).float()
+    return {"layer": f"{name} {title}".replace("\n", " "), "wet_share": wet.mean().item()}
 
-def figure_rain(seed: int) -> tuple[Figure, list[dict]]:
-    """The synthesis, each factor alone, and four layers of each range; a row of numbers a layer."""
+
+def figure_rain(seed: int) -> tuple:
+    """Draw the synthesis, each factor alone, and four layers of each range; a row a layer."""
     figure = Figure(figsize=(11, 8.7), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.4), hspace=0.03)
-    left, right = bottom.subfigures(1, 2, wspace=0.03)
-    top.suptitle("How a rainy image is made", weight="bold")
-    left.suptitle("One factor changes, the others are fixed", weight="bold")
-    right.suptitle("Ranges: each layer draws its factors", weight="bold")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.4))
+    left, right = bottom.subfigures(1, 2)
+    top.suptitle("How a rainy image is made")
+    left.suptitle("One factor changes, the others are fixed")
+    right.suptitle("Ranges: each layer draws its factors")
     draw_steps(top.subplots(1, 5), seed)
+
     rows = []
-    for line, (factor, levels) in zip(left.subplots(4, 4), LEVELS.items()):
-        line[0].set_ylabel(factor, fontsize=11)
-        for axes, level in zip(line, levels):
-            factors = {**FACTORS, factor: level}
-            rain_range = derain.RainRange(**{name: (v, v) for name, v in factors.items()})
-            rng = derain.stream(seed, "figure", factor)  # the same noise for all levels
-            layer = derain.rain_layers(1, 96, rain_range, rng)[0, 0]
-            rows.append(draw_layer(axes, layer, factor, f"{level}{UNITS[factor]}", rain_range))
+    for i, (line, factor) in enumerate(zip(left.subplots(4, 4), LEVELS)):
+        line[0].set_ylabel(factor)
+        for axes, level in zip(line, LEVELS[factor]):
+            factors = [*FIXED]
+            factors[i] = level
+            rain_range = derain.RainRange(*[(value, value) for value in factors])
+            rng = derain.stream(seed, "figure", i)  # the same noise for all levels
+            layer = derain.rain_layers(1, SIDE, rain_range, rng)[0, 0]
+            rows.append(draw_layer(axes, layer, factor, f"{level}"))
+
     for line, (name, rain_range) in zip(right.subplots(4, 4), derain.RAIN.items()):
-        direction = "±({} to {})°" if rain_range.either_side else "{} to {}°"
-        line[0].set_ylabel(f"{name}\n{direction}".format(*rain_range.direction), fontsize=11)
-        layers = derain.rain_layers(4, 96, rain_range, derain.stream(seed, "figure", name))
-        for axes, layer in zip(line, layers[:, 0]):
-            rows.append(draw_layer(axes, layer, name, "", rain_range))
+        low, high = rain_range.direction
+        directions = f"±({low} to {high})°" if rain_range.either_side else f"{low} to {high}°"
+        line[0].set_ylabel(f"{name}\n{directions}")
+        layers = derain.rain_layers(4, SIDE, rain_range, derain.stream(seed, "figure", name))
+        rows += [draw_layer(axes, layer, name, "") for axes, layer in zip(line, layers[:, 0])]
     return figure, rows
 
-# ---- 2  What stands behind it? -------------------------------------------------------------------
 
-def figure_backgrounds(seed: int) -> tuple[Figure, list[dict]]:
-    """Five drawn backgrounds of each category, with their sharpness."""
-    figure, rows = Figure(figsize=(10, 4.3), layout="constrained"), []
-    for line, category in zip(figure.subplots(2, 5), derain.BACKGROUNDS):
-        for i, axes in enumerate(line):
-            rng = derain.stream(seed, "figure", category, i)
-            image = derain.draw_background(category, derain.IMAGE, rng)
-            sharpness = derain.sharpness(image[None]).item()
-            rows.append({"category": category, "image": i, "sharpness": sharpness})
-            show(axes, image, f"sharpness {sharpness:.3f}")
-        mean = sum(row["sharpness"] for row in rows[-5:]) / 5
-        line[0].set_ylabel(f"{category}\nmean {mean:.3f}", fontsize=11)
+# ---- 2  What stands behind it? ------------------------------------------------------------------
+
+
+def figure_backgrounds(seed: int) -> tuple:
+    """Draw five faces, and five training patches of each third by sharpness, with their sharpness.
+
+    The patches of a third are evenly spaced from the least sharp to the sharpest.
+    """
+    faces = [face(seed, i) for i in range(12)]
+    lines = {"drawn faces": torch.stack(faces[:5])}
+    for third in ("low", "any", "high"):
+        patches = derain.training_patches(faces, 64, seed, third)
+        order = derain.sharpness(patches).argsort()
+        lines[f"training patches:\n{third} sharpness"] = patches[order[::15]]
+
+    figure = Figure(figsize=(8.5, 7), layout="constrained")
+    rows = []
+    for axes_line, (name, images) in zip(figure.subplots(4, 5), lines.items()):
+        axes_line[0].set_ylabel(name)
+        for axes, image, value in zip(axes_line, images, derain.sharpness(images).tolist()):
+            show(axes, image, f"sharpness {value:.3f}")
+            rows.append({"row": name.replace("\n", " "), "sharpness": value})
     return figure, rows
 
-# ---- 3  Was the rain removed, and was the background kept? ---------------------------------------
 
-def figure_decoupled(seed: int) -> tuple[Figure, list[dict]]:
-    """Five outputs for one rainy image, from no network, and what each measure says of them."""
-    clean = derain.draw_background("faces", 128, derain.stream(seed, "figure decoupled"))[None]
+# ---- 3  Was the rain removed, and was the background kept? --------------------------------------
+
+
+def figure_decoupled(seed: int) -> tuple:
+    """Draw five outputs for one rainy image, and how rain left and damage are read from each."""
+    clean = face(seed, 1)[None, :, 64:192, 64:192]
     rng = derain.stream(seed, "figure unseen")
     rainy = derain.rain_degradation(derain.RAIN["unseen"])(clean, rng)
-    blurred = F.avg_pool2d(F.pad(rainy, (10,) * 4, "reflect"), 21, 1)
-    outputs = {"rainy input": rainy, "all black": 0 * rainy, "blur, 21x21 pixels": blurred,
-               "opening, 5x5 pixels": derain.opening(rainy), "clean image": clean}
-    wet = derain.rain_mask(rainy, clean)[0, 0]
-    figure, rows = Figure(figsize=(11, 7.3), layout="constrained"), []
-    grid = figure.subplots(3, 5)
+    outputs = {
+        "rainy input": rainy,
+        "half of the rain left": (rainy + clean) / 2,
+        "opening, 7 x 7 pixels": derain.opening(rainy, 7),
+        "blur, 21 x 21 pixels": avg_pool2d(pad(rainy, (10,) * 4, "reflect"), 21, 1),
+        "all black": 0 * rainy,
+    }
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure.suptitle(
+        "Rain left is the slope: how much of the rain is still in the output's error.\n"
+        "Damage is the rest of the error. Only both near 0 mean a good output."
+    )
+    rows = []
+    grid = figure.subplots(2, 5, sharey="row")
     for column, (name, output) in zip(grid.T, outputs.items()):
-        measured = derain.decoupled_evaluation(output, rainy, clean)
-        rows.append({"output": name, **measured})
-        error = 255 * (output - clean)[0].square().mean(0).sqrt()  # (h, w)
+        measures = derain.decoupled_evaluation(output, rainy, clean)
+        rows.append({"output": name, **measures})
         show(column[0], output[0], name)
-        label = "E_R {E_R:.0f} (perfect: {E_R_ideal:.0f})\nPSNR {psnr:.1f} dB".format(**measured)
-        column[0].set_xlabel(label, fontsize=10, weight="bold")
-        for axes, part, measure in ((column[1], wet, "E_W"), (column[2], ~wet, "E_B")):
-            axes.set_facecolor("0.8")  # where the measure does not look
-            handle = show(axes, torch.where(part, error, math.nan), cmap="viridis", vmax=100)
-            axes.set_xlabel(f"{measure} {measured[measure]:.0f}", fontsize=11, weight="bold")
-    labels = ("output", "error where it rained\n(grey: elsewhere)", "error elsewhere\n(grey: rain)")
-    for axes, label in zip(grid[:, 0], labels):
-        axes.set_ylabel(label, fontsize=11)
-    figure.colorbar(handle, ax=grid[1:], label="grey levels", shrink=0.6, extend="max")
-    figure.suptitle("E_R counts every change as rain removed: the black image has the highest.\n"
-                    "E_W and E_B show the damage.", weight="bold")
+        label = "rain left {rain_left:.0f} %\ndamage {damage:.0f}".format(**measures)
+        column[0].set_xlabel(label)
+
+        r = 255 * (rainy - clean).flatten().numpy()
+        d = 255 * (output - clean).flatten().numpy()
+        slope = measures["rain_left"] / 100
+        middle = (d - slope * r).mean().item()
+        column[1].plot(r, d, ",", color="0.6")
+        column[1].axline((0, middle), slope=slope, color="#d55e00")
+        column[1].set(xlabel="rain r = rainy - clean", ylim=(-260, 260))
+    grid[1, 0].set_ylabel("error d = output - clean\n(grey levels)")
     return figure, rows
 
-def main(arguments: list[str] | None = None) -> int:
-    """Draw all three; returns 0, or 2 if they cannot be written."""
-    parser = derain.Parser(prog="explain.py", description=__doc__.splitlines()[0],
-                           epilog="example: python figures/explain.py --seed 1 --out runs",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seed", type=derain.whole, default=0, help="of all that is drawn")
+
+def main(arguments: list = sys.argv[1:]) -> int:
+    """Draw all three; return 0, or 2 if they cannot be written."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python figures/explain.py --seed 1 --out runs",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seed", type=derain.whole_number, default=0, help="of all drawings")
     parser.add_argument("--out", type=Path, default="figures", help="folder of the pictures")
     args = parser.parse_args(arguments)
     try:
-        derain.save_figure(*figure_rain(args.seed), args.out / "rain.png")
-        derain.save_figure(*figure_backgrounds(args.seed), args.out / "backgrounds.png")
-        derain.save_figure(*figure_decoupled(args.seed), args.out / "decoupled.png")
-    except OSError as problem:
+        for draw in (figure_rain, figure_backgrounds, figure_decoupled):
+            name = draw.__name__.removeprefix("figure_")
+            derain.save_figure(*draw(args.seed), args.out / f"{name}.png")
+    except derain.BadInput as problem:
         print(f"explain.py: {problem}", file=sys.stderr)
         return 2
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,172 +1,397 @@
-"""Which degradations and backgrounds do the claims need that derain.py does without?"""
+"""What only the claims need: more backgrounds, more degradations, and the controls of the prior.
 
-import math
+1 backgrounds   draw_dead_leaves, draw_manga, draw_urban; draw_background paints any category
+2 rain          GROUP, the rain of the paper's group; FACTORS, one factor outside `small`
+3 noise         gaussian, correlated, salt_and_pepper; degradation returns any by its name
+4 controls      FromNothing and NoCodebook, what the prior is compared with
+
+Conventions are those of derain.py.
+"""
+
 import sys
-from collections.abc import Callable
 from functools import partial
+from math import ceil, log, pi, sqrt
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch import Tensor
+from numpy.random import Generator
+from torch import Tensor, arange, exp, from_numpy, where
+from torch.fft import irfft2, rfft2
+from torch.nn.functional import conv2d, l1_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import derain  # noqa: E402
 
-# ---- 1  Which other degradations are there? ------------------------------------------------------
+# ---- 1  Backgrounds: which others are there? ----------------------------------------------------
+#
+# Each painter is a function draw(size, rng) that returns an image (3, size, size).  Shapes are
+# described by their signed distance: how far a pixel is from the outline, negative inside.
 
-def strokes(clean: Tensor, rng: np.random.Generator) -> Tensor:
-    """A second unseen rain, of another recipe: strokes that taper to a point, in three layers of
-    depth, translucent, so that O = 1 - (1 - B)(1 - R) with R their opacity.  A degradation."""
-    n, _, height, width = clean.shape
-    fine = 3  # drawn this much larger, then averaged: smooth edges
-    layers = np.zeros((n, height, width), dtype=np.float32)
-    for layer in layers:
-        lean = math.radians(rng.choice([-1, 1]) * rng.uniform(55, 75))
-        along = fine * np.array([math.sin(lean), -math.cos(lean)])
-        across = fine * np.array([math.cos(lean), math.sin(lean)])
-        for depth in (1, 1.5, 2.5):
-            canvas = Image.new("L", (fine * width, fine * height))
-            pen = ImageDraw.Draw(canvas)
-            for _ in range(rng.poisson(height * width / 10_000 * 60 / depth ** 1.5)):
-                tail = rng.uniform(-0.2, 1.2, 2) * canvas.size
-                head = tail - depth * rng.uniform(12, 24) * along
-                end = depth * rng.uniform(0.6, 1.2) * across
-                opacity = int(255 * depth * rng.uniform(0.15, 0.3))
-                pen.polygon([*tail, *(head + end), *(head - end)], fill=opacity)
-            stroke = np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
-            layer[:] = 1 - (1 - layer) * (1 - stroke)
-    return 1 - (1 - clean) * (1 - torch.from_numpy(layers)[:, None])
 
-# The level of noise is drawn for each image; all are about as strong: 25 grey levels on mid grey.
-NOISE = {
-    "gaussian": (0.09, 0.11),  # standard deviation, of each pixel and channel by itself
-    "salt-and-pepper": (0.03, 0.05),  # share of the pixels that turn white or black
-    "correlated": (0.09, 0.11),  # standard deviation; neighbours are alike, as after a blur
-    "stripes": (0.09, 0.11),  # root mean square; vertical waves of 8 pixels, one phase an image
-}
+def inside(distance, softness):
+    """Return how much of each pixel a shape covers, 0 to 1, from the signed distance.
 
-def noise(kind: str, clean: Tensor, rng: np.random.Generator) -> Tensor:
-    """Add noise of a kind in NOISE and clip, O = clip(B + N, 0, 1); a degradation."""
-    n, channels, height, width = clean.shape
-    level = torch.from_numpy(rng.uniform(*NOISE[kind], (n, 1, 1, 1))).float()
-    if kind == "gaussian":
-        added = level * torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-    elif kind == "salt-and-pepper":
-        chance = torch.from_numpy(rng.random((n, 1, height, width), dtype=np.float32))
-        added = torch.where(chance < level, (chance < level / 2).float() - clean, torch.zeros(()))
-    elif kind == "correlated":
-        axis = torch.arange(-4, 5) / 1.5
-        blur = torch.exp(-0.5 * (axis[:, None] ** 2 + axis ** 2))
-        white = rng.standard_normal((n * channels, 1, height + 8, width + 8), dtype=np.float32)
-        kernel = blur / blur.square().sum().sqrt()  # keeps the variance of white noise
-        added = level * F.conv2d(torch.from_numpy(white), kernel[None, None]).view(clean.shape)
-    else:
-        phase = torch.from_numpy(rng.uniform(0, 2 * math.pi, (n, 1, 1, 1))).float()
-        added = level * math.sqrt(2) * torch.sin(2 * math.pi * torch.arange(width) / 8 + phase)
-    return (clean + added).clamp(0, 1)
+    softness: the width of the outline, in the unit of the distance.
+    """
+    return np.clip(0.5 - distance / softness, 0, 1)
 
-# Motion blur: length (pixels), and direction (degrees from vertical, to either side).
-BLUR = {"blur-narrow": ((8, 12), (0, 10)), "blur-wide": ((4, 16), (0, 45)),
-        "blur-other": ((8, 12), (55, 90))}
 
-def blur(kind: str, clean: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blur each image along a line of its own, a streak_kernel with a sum of 1; a degradation."""
-    n, channels, height, width = clean.shape
-    length, direction = (rng.uniform(*interval, n) for interval in BLUR[kind])
-    direction = direction * rng.choice([-1, 1], n)
-    line = [torch.from_numpy(factor).float() for factor in (np.full(n, 1.5), length, direction)]
-    kernel = derain.streak_kernel(*line)  # (n, k, k)
-    kernel = (kernel / kernel.sum((1, 2), keepdim=True)).repeat_interleave(channels, 0)[:, None]
-    padded = F.pad(clean, (kernel.shape[-1] // 2,) * 4, "reflect").flatten(0, 1)[None]
-    return F.conv2d(padded, kernel, groups=n * channels).view(clean.shape).clamp(0, 1)
+def paint(image, coverage, colour):
+    """Lay a colour (3, 1, 1) or (3, h, w) over an image (3, h, w), in place.
 
-def degradation(name: str) -> Callable[[Tensor, np.random.Generator], Tensor]:
-    """The degradation of that name: one of RAIN, NOISE or BLUR, or "strokes"."""
-    if name in NOISE:
-        return partial(noise, name)
-    if name in BLUR:
-        return partial(blur, name)
-    return strokes if name == "strokes" else derain.rain_degradation(derain.RAIN[name])
+    coverage: (h, w), 1 where the colour hides the image, 0 where it leaves it.
+    """
+    image += coverage * (colour - image)
 
-# ---- 2  Which other backgrounds are there? -------------------------------------------------------
 
-def draw_manga(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Flat white and black, sharp ink lines, screentone: a page of four panels."""
-    y, x = np.mgrid[:size, :size].astype(np.float32) * (256 / size)  # 256 units wide at any size
-    soft = 1.2 * 256 / size
-    ink = np.zeros((size, size), dtype=np.float32)
+def draw_dead_leaves(size: int, rng: Generator) -> np.ndarray:
+    """Draw dead leaves: discs that hide one another, as things do in photographs.
 
-    def screentone(pitch, grey):  # dots on a grid turned by 45 degrees; they cover the share `grey`
-        u = (x + y) / math.sqrt(2) % pitch - pitch / 2
-        v = (x - y) / math.sqrt(2) % pitch - pitch / 2
-        return derain.inside(np.hypot(u, v) - pitch * math.sqrt(grey / math.pi), soft)
+    The density of their radii r is r^-3, so that there is as much to see at any scale (Lee,
+    Mumford & Huang 2001).  There are enough discs to cover the canvas eight times.
+    """
+    image = np.zeros((3, size, size), np.float32)
+    scene = rng.uniform(0.2, 0.7) + rng.normal(0, 0.08, 3)
+    smallest = 2.5 * 4 ** rng.random()
+    largest = size / 2 + 10
+    mean_area = 2 * pi * log(largest / smallest) / (smallest**-2 - largest**-2)
+    count = ceil(8 * (size + 2 * smallest) ** 2 / mean_area)
 
-    def line(distance, thickness):
-        return derain.inside(np.abs(distance) - thickness / 2, soft)
-    gutter_x = rng.uniform(90, 166) + rng.uniform(-0.15, 0.15) * (y - 128)
-    gutter_y = rng.uniform(90, 166)
-    for side, level in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
-        frame = np.maximum.reduce([4 - side * (x - gutter_x), 4 - level * (y - gutter_y),
-                                   np.abs(x - 128) - 124, np.abs(y - 128) - 124])
-        cx = gutter_x.mean() + side * rng.uniform(40, 80)
-        cy = gutter_y + level * rng.uniform(40, 80)
-        angle, radius = np.arctan2(y - cy, x - cx), np.hypot(x - cx, y - cy)
-        if rng.random() < 0.5:  # speed lines towards the hero
-            gap = np.abs((angle / 2 / math.pi * rng.integers(30, 60)) % 1 - 0.5) * radius / 8
-            art = derain.inside(gap - rng.uniform(0.4, 0.9), soft) * (radius > 60)
-        else:  # a toned sky, a ridge drawn in ink, the dark ground
-            ridge = y - cy - 25 * np.sin(x / rng.uniform(12, 40) + rng.uniform(0, 6))
-            ridge = ridge - 8 * np.sin(x / 5)
-            art = screentone(rng.uniform(4, 8), rng.uniform(0.1, 0.5)) * derain.inside(ridge, soft)
-            ground = derain.inside(rng.uniform(20, 60) - ridge, soft)
-            art = np.maximum.reduce([art, line(ridge, 3), ground])
-        wobble = np.sin(rng.integers(3, 9) * angle + rng.uniform(0, 6))
-        hero = radius - rng.uniform(22, 42) * (1 + 0.12 * wobble)
-        shadow = screentone(rng.uniform(4, 7), 0.25) * (np.sin(angle + rng.uniform(0, 6)) > 0)
-        art = np.maximum(np.where(hero < 0, shadow, art), line(hero, rng.uniform(2, 4)))
-        for _ in range(3):  # strokes that swell and taper, as a pen's do
-            curve = y - cy - rng.uniform(-40, 40) - rng.uniform(-0.6, 0.6) * (x - cx)
-            curve -= 10 * np.sin((x - cx) / rng.uniform(10, 40))
-            swell = rng.uniform(1, 3.5) * (1 + np.sin((x - cx) / 30))
-            art = np.maximum(art, line(curve, swell) * (radius < 80))
-        ink = np.maximum.reduce([ink, art * derain.inside(frame, soft), line(frame, 2.5)])
-    return np.repeat(1 - ink[None], 3, axis=0)
+    for _ in range(count):
+        share = rng.random()  # of all discs that are smaller
+        radius = (smallest**-2 * (1 - share) + largest**-2 * share) ** -0.5
+        centre_x, centre_y = rng.uniform(-radius, size + radius, 2)
+        # Only the part of the image where the disc is has to be painted.
+        reach = radius + 2
+        top, bottom = np.clip([centre_y - reach, centre_y + reach], 0, size).astype(int)
+        left, right = np.clip([centre_x - reach, centre_x + reach], 0, size).astype(int)
+        y, x = np.ogrid[top:bottom, left:right]
+        y = (y - centre_y) / radius
+        x = (x - centre_x) / radius
 
-def draw_urban(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Buildings in perspective: one window repeated, and inside each window a pane repeated."""
-    y, x = np.mgrid[:size, :size].astype(np.float32) / size
-    sky = np.array([0.55, 0.7, 0.9]) * rng.uniform(0.6, 1.1)
-    image = (sky.reshape(3, 1, 1) * (1 - 0.3 * y) + 0.25 * y).astype(np.float32)
-
-    def cell(t, count):  # the same unit cell, `count` times; coordinates in [-0.5, 0.5)
-        return (t * count) % 1 - 0.5
-    for depth in range(rng.integers(2, 5)):  # from the far street to the near one
-        left, width = rng.uniform(-0.2, 0.7), rng.uniform(0.45, 0.9)
-        u = (x - left) / width
-        v = (y - 0.55) * (1 + rng.uniform(-0.5, 0.5) * (u - 0.5))  # rows converge to one side
-        v += 0.55 - rng.uniform(-0.1, 0.5) + 0.1 * depth
-        columns, rows = rng.integers(4, 12), rng.uniform(5, 14)
-        panes = rng.integers(2, 4)
-        wall = rng.uniform(0.25, 0.9) * np.clip(rng.normal(1, 0.15, 3), 0, 1.1)[:, None, None]
-        trim = np.minimum(wall * rng.uniform(1.15, 1.5), 1)
-        glass = rng.uniform(0.05, 0.45) * np.array([0.8, 0.95, 1.1]).reshape(3, 1, 1)
-        soft = 1.5 / size / width
-        body = derain.inside(np.maximum(np.abs(u - 0.5) - 0.5, -v), soft)
-        cu, cv = cell(u, columns), cell(v, rows)
-        half_u, half_v = rng.uniform(0.22, 0.38), rng.uniform(0.25, 0.40)
-        window = np.maximum(np.abs(cu) - half_u, np.abs(cv) - half_v)  # signed distance, in cells
-        bars_u, bars_v = np.abs(cell(cu / (2 * half_u), panes)), np.abs(cell(cv / (2 * half_v), 2))
-        bars = np.maximum(bars_u, bars_v) > 0.42
-        lamps = 1 + 0.5 * np.sin(7 * np.floor(u * columns) + 13 * np.floor(v * rows))  # lit rooms
-        opening = derain.inside(window, soft * columns)
-        derain.paint(image, body, wall * (1.05 - 0.25 * u))
-        derain.paint(image, body * (np.abs(cv) > 0.47), 0.75 * wall)  # between two storeys
-        derain.paint(image, body * derain.inside(window - 0.07, soft * columns), trim)
-        derain.paint(image, body * opening, glass * lamps)
-        derain.paint(image, body * opening * bars, trim)
+        colour = np.clip(scene + rng.normal(0, 0.2) + rng.normal(0, 0.06, 3), 0.05, 1)
+        shading = 1 + rng.normal(0, 0.1) * x + rng.normal(0, 0.1) * y
+        coverage = inside((np.hypot(x, y) - 1) * radius, 1)
+        paint(image[:, top:bottom, left:right], coverage, colour[:, None, None] * shading)
     return image
 
-derain.BACKGROUNDS.update(manga=draw_manga, urban=draw_urban)
+
+MANGA_SOFT = 1.2  # width of an outline of ink, in pixels of a page of 256
+
+
+def screentone(x, y, pitch, grey):
+    """Return dots of ink on a grid turned by 45 degrees, which cover the share `grey`."""
+    u = (x + y) / sqrt(2) % pitch - pitch / 2
+    v = (x - y) / sqrt(2) % pitch - pitch / 2
+    return inside(np.hypot(u, v) - pitch * sqrt(grey / pi), MANGA_SOFT)
+
+
+def ink_line(distance, thickness):
+    """Return the ink of a line where the distance is 0."""
+    return inside(abs(distance) - thickness / 2, MANGA_SOFT)
+
+
+def manga_panel(x, y, rng):
+    """Return the ink of a panel's drawing; x and y are measured from its middle."""
+    angle = np.arctan2(y, x)
+    radius = np.hypot(x, y)
+
+    if rng.random() < 0.5:  # lines of speed towards the middle
+        turns = angle / (2 * pi) * rng.integers(30, 60) % 1
+        gap = abs(turns - 0.5) * radius / 8
+        ink = inside(gap - rng.uniform(0.4, 0.9), MANGA_SOFT) * (radius > 60)
+    else:  # a sky of dots, a ridge, and dark ground
+        ridge = y - 25 * np.sin(x / rng.uniform(12, 40) + rng.uniform(0, 6)) - 8 * np.sin(x / 5)
+        sky = screentone(x, y, rng.uniform(4, 8), rng.uniform(0.1, 0.5))
+        ground = inside(rng.uniform(20, 60) - ridge, MANGA_SOFT)
+        ink = np.maximum(sky * inside(ridge, MANGA_SOFT), ground)
+        ink = np.maximum(ink, ink_line(ridge, 3))
+
+    # The hero: a blob with a shadow of dots at one side.
+    wobble = np.sin(rng.integers(3, 9) * angle + rng.uniform(0, 6))
+    outline = radius - rng.uniform(22, 42) * (1 + 0.12 * wobble)
+    lit = np.sin(angle + rng.uniform(0, 6)) > 0
+    shadow = screentone(x, y, rng.uniform(4, 7), 0.25) * lit
+    ink = np.where(outline < 0, shadow, ink)
+    ink = np.maximum(ink, ink_line(outline, rng.uniform(2, 4)))
+
+    for _ in range(3):  # strokes that swell and taper, as a pen's do
+        curve = y - rng.uniform(-40, 40) - rng.uniform(-0.6, 0.6) * x
+        curve -= 10 * np.sin(x / rng.uniform(10, 40))
+        swell = rng.uniform(1, 3.5) * (1 + np.sin(x / 30))
+        ink = np.maximum(ink, ink_line(curve, swell) * (radius < 80))
+    return ink
+
+
+def draw_manga(size: int, rng: Generator) -> np.ndarray:
+    """Draw a page of manga: four panels, with flat white and black, lines of ink and screentone."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) * (256 / size)  # a page is 256 wide
+    # The gutters cross somewhere near the middle; the upright one leans.
+    gutter_x = rng.uniform(90, 166) + rng.uniform(-0.15, 0.15) * (y - 128)
+    gutter_y = rng.uniform(90, 166)
+    border = np.maximum(abs(x - 128), abs(y - 128)) - 124
+
+    page = np.zeros((size, size), np.float32)
+    for side in (-1, 1):
+        for level in (-1, 1):
+            frame = np.maximum(4 - side * (x - gutter_x), 4 - level * (y - gutter_y))
+            frame = np.maximum(frame, border)
+            middle_x = gutter_x.mean() + side * rng.uniform(40, 80)
+            middle_y = gutter_y + level * rng.uniform(40, 80)
+            drawing = manga_panel(x - middle_x, y - middle_y, rng)
+            page = np.maximum(page, drawing * inside(frame, MANGA_SOFT))
+            page = np.maximum(page, ink_line(frame, 2.5))
+    return 1 - np.stack([page] * 3)
+
+
+def repeat(place, count):
+    """Return coordinates from -0.5 to 0.5, `count` times where `place` runs from 0 to 1."""
+    return place * count % 1 - 0.5
+
+
+def paint_building(image, x, y, depth, rng):
+    """Paint a building in place: one window, many times, with the same panes in each.
+
+    x, y: of the pixels, 0 to 1.  depth: 0 for the building at the back.
+    """
+    width = rng.uniform(0.45, 0.9)
+    u = (x - rng.uniform(-0.2, 0.7)) / width  # from 0 at its left to 1 at its right
+    v = (y - 0.55) * (1 + rng.uniform(-0.5, 0.5) * (u - 0.5))  # the storeys converge to one side
+    v += 0.55 - rng.uniform(-0.1, 0.5) + 0.1 * depth  # below 0 is above the roof
+    soft = 1.5 / (width * len(x))
+    body = inside(np.maximum(abs(u - 0.5) - 0.5, -v), soft)
+
+    columns = rng.integers(4, 12)
+    rows = rng.uniform(5, 14)
+    across = repeat(u, columns)
+    down = repeat(v, rows)
+    half_width = rng.uniform(0.22, 0.38)
+    half_height = rng.uniform(0.25, 0.40)
+    window = np.maximum(abs(across) - half_width, abs(down) - half_height)  # signed distance
+    pane_x = abs(repeat(across / (2 * half_width), rng.integers(2, 4)))
+    pane_y = abs(repeat(down / (2 * half_height), 2))
+    bars = np.maximum(pane_x, pane_y) > 0.42
+    lamps = 1 + 0.5 * np.sin(7 * np.floor(u * columns) + 13 * np.floor(v * rows))  # rooms differ
+
+    wall = rng.uniform(0.25, 0.9) * np.clip(rng.normal(1, 0.15, 3), 0, 1.1)[:, None, None]
+    trim = np.minimum(wall * rng.uniform(1.15, 1.5), 1)
+    glass = rng.uniform(0.05, 0.45) * np.array([0.8, 0.95, 1.1])[:, None, None]
+    opening = body * inside(window, soft * columns)
+    paint(image, body, wall * (1.05 - 0.25 * u))
+    paint(image, body * (abs(down) > 0.47), 0.75 * wall)  # between two storeys
+    paint(image, body * inside(window - 0.07, soft * columns), trim)
+    paint(image, opening, glass * lamps)
+    paint(image, opening * bars, trim)
+
+
+def draw_urban(size: int, rng: Generator) -> np.ndarray:
+    """Draw a street: a sky, and two to four buildings, each in front of the one before."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
+    sky = rng.uniform(0.6, 1.1) * np.array([0.55, 0.7, 0.9])[:, None, None]
+    image = sky * (1 - 0.3 * y) + 0.25 * y
+    for depth in range(rng.integers(2, 5)):
+        paint_building(image, x, y, depth, rng)
+    return image
+
+
+PAINTERS = {
+    "faces": derain.draw_face,
+    "natural": draw_dead_leaves,
+    "manga": draw_manga,
+    "urban": draw_urban,
+}
+
+
+def draw_background(category: str, size: int, rng: Generator) -> Tensor:
+    """Return a background (3, size, size) in [0, 1] of a category, a key of PAINTERS."""
+    return from_numpy(PAINTERS[category](size, rng)).float().clamp(0, 1)
+
+
+# ---- 2  Rain: what does the paper's group use? --------------------------------------------------
+
+
+class GroupRain(NamedTuple):
+    """The intervals (low, high) from which the rain of each image is drawn, ends included."""
+
+    amount: tuple[int, int]  # seeds per 10,000 pixels
+    widths: tuple[int, ...]  # side of the Gaussian's kernel in pixels, one of these
+    length: tuple[int, int]  # of the line, in whole pixels
+    direction: tuple[int, int]  # whole degrees from vertical; a positive streak leans like "/"
+
+
+# From a fork of BasicSR by one of the authors (zhiyuanyou/BasicSR, branches on deraining).
+GROUP = {
+    "group small": GroupRain((20, 40), (1, 3), (25, 35), (-10, 10)),
+    "group medium": GroupRain((50, 70), (3, 5, 5, 7), (35, 45), (-30, 30)),
+    "group large": GroupRain((80, 100), (7, 9), (45, 55), (-60, 60)),
+}
+DRY = 0.1  # share of the training images that get no rain
+
+# Rain in which one factor alone leaves the range of `small`.
+small = derain.RAIN["small"]
+FACTORS = {
+    "quantity 100-160": small._replace(quantity=(100, 160)),
+    "width 2.5-3": small._replace(width=(2.5, 3)),
+    "length 28-36": small._replace(length=(28, 36)),
+    "direction 55-75": small._replace(direction=(55, 75), either_side=True),
+}
+
+
+def group_lines(length: Tensor, direction: Tensor, radius: int) -> Tensor:
+    """Return lines (n, k, k) through the middle, 1 pixel thick, where k = 2 radius + 1.
+
+    length: (n,), in pixels.  direction: (n,), in degrees from vertical.
+    In the group's code, a line is the diagonal of a square, turned; so theirs are longer, by up to
+    a factor of sqrt(2), at directions near 45 degrees.
+    """
+    angle = torch.deg2rad(direction)[:, None, None]
+    x = arange(-radius, radius + 1)
+    y = x[:, None]  # grows downwards
+    along = x * torch.sin(angle) - y * torch.cos(angle)
+    across = x * torch.cos(angle) + y * torch.sin(angle)
+    ends = (length[:, None, None] / 2 + 0.5 - along.abs()).clamp(0, 1)
+    return ends * (1 - across.abs()).clamp(0)
+
+
+def group_gaussians(width: Tensor) -> Tensor:
+    """Return Gaussian kernels (n, 9, 9), 0 outside of width x width pixels, for widths (n,)."""
+    width = width[:, None, None]
+    sigma = 0.3 * ((width - 1) / 2 - 1) + 0.8
+    x = arange(-4, 5)
+    y = x[:, None]
+    weights = exp(-(x**2 + y**2) / (2 * sigma**2))
+    weights = weights * (torch.maximum(x.abs(), y.abs()) <= width / 2)
+    return weights / weights.sum((1, 2), keepdim=True)
+
+
+def add_group_rain(rain: GroupRain, dry: float, clean: Tensor, rng: Generator) -> Tensor:
+    """Add rain to images (n, 3, h, w) as the paper's group does.
+
+    Uniform noise below a threshold becomes 0.  The rest is filtered three times: by a kernel with 8
+    in the middle and 0.1 at the four neighbours, by a line, and by a Gaussian.  Each image's layer
+    is scaled to 0-1 by its least and largest value, and added with a weight from 0.7 to 1.
+    dry: the chance that an image gets no rain.
+    Order of the draws: n amounts, n widths, n lengths, n directions, n weights, n chances to stay
+    dry; then the noise (n, *canvas) in float32.  The canvas is larger than the image by the sides
+    of the three kernels less one each, then rounded up to multiples of 16; the image is its part
+    after these margins.
+    """
+    n, _, height, width = clean.shape
+    amount = rng.uniform(*rain.amount, n)
+    side = rng.choice(rain.widths, n)
+    length = rng.integers(*rain.length, n, endpoint=True)
+    direction = rng.integers(*rain.direction, n, endpoint=True)
+    weight = rng.uniform(0.7, 1, n)
+    weight[rng.random(n) < dry] = 0
+
+    point = torch.zeros(1, 3, 3)
+    point[:, 1] = point[:, :, 1] = 0.1
+    point[:, 1, 1] = 8
+    radius = rain.length[1] // 2 + 1
+    lines = group_lines(from_numpy(length), from_numpy(direction), radius)
+    kernels = (point, lines, group_gaussians(from_numpy(side)))
+
+    margin = sum(kernel.shape[-1] - 1 for kernel in kernels)
+    canvas = [ceil((side + margin) / 16) * 16 for side in (height, width)]
+    noise = from_numpy(rng.random((n, *canvas), np.float32))
+    threshold = from_numpy(1 - amount / 10_000)[:, None, None]
+    # As in derain.rain_layers, to filter is to multiply Fourier transforms.
+    spectrum = rfft2(where(noise < threshold, 0, noise))
+    for kernel in kernels:
+        spectrum = spectrum * rfft2(kernel, s=canvas)
+    layer = irfft2(spectrum, s=canvas)[:, margin : margin + height, margin : margin + width]
+
+    least = layer.amin((1, 2), keepdim=True)
+    largest = layer.amax((1, 2), keepdim=True)
+    layer = (layer - least) / (largest - least).clamp(1e-3)  # an empty layer stays empty
+    layer = from_numpy(weight)[:, None, None] * layer
+    return derain.add_rain(clean, layer[:, None].float())
+
+
+# ---- 3  Noise: is it the same for another degradation? ------------------------------------------
+#
+# All are about as strong: on mid grey, a root mean square of about 0.1.  The level is drawn anew
+# for each image.
+
+DEVIATION = (0.09, 0.11)  # of gaussian and correlated noise, where 1 is the range of an image
+SALT = (0.03, 0.05)  # share of the pixels that turn black or white
+
+
+def level(interval, n, rng):
+    """Return a level (n, 1, 1, 1) for each image."""
+    return from_numpy(rng.uniform(*interval, (n, 1, 1, 1))).float()
+
+
+def gaussian(clean: Tensor, rng: Generator) -> Tensor:
+    """Add Gaussian noise to images (n, 3, h, w), to each pixel and channel by itself."""
+    white = from_numpy(rng.standard_normal(clean.shape, np.float32))
+    return (clean + level(DEVIATION, len(clean), rng) * white).clamp(0, 1)
+
+
+def correlated(clean: Tensor, rng: Generator) -> Tensor:
+    """Add Gaussian noise that was blurred by a Gaussian of sigma 1.5: neighbours are alike."""
+    n, channels, height, width = clean.shape
+    white = from_numpy(rng.standard_normal((n * channels, 1, height + 8, width + 8), np.float32))
+    x = arange(-4, 5) / 1.5
+    kernel = exp(-(x**2 + x[:, None] ** 2) / 2)
+    kernel /= kernel.square().sum().sqrt()  # keeps the variance of white noise
+    noise = conv2d(white, kernel[None, None]).view(clean.shape)
+    return (clean + level(DEVIATION, n, rng) * noise).clamp(0, 1)
+
+
+def salt_and_pepper(clean: Tensor, rng: Generator) -> Tensor:
+    """Turn some pixels of images (n, 3, h, w) black, as many white."""
+    n, _, height, width = clean.shape
+    share = level(SALT, n, rng)
+    chance = from_numpy(rng.random((n, 1, height, width), np.float32))
+    colour = (chance < share / 2).float()
+    return where(chance < share, colour, clean)
+
+
+NOISE = {"gaussian": gaussian, "correlated": correlated, "salt and pepper": salt_and_pepper}
+RAIN = {**derain.RAIN, **FACTORS}
+
+
+def degradation(name: str, training: bool = False) -> Callable:
+    """Return a function degrade(clean, rng): a rain, a noise, or "dry", which changes nothing.
+
+    training: leave some images without rain, where the recipe says so.
+    """
+    if name == "dry":
+        return lambda clean, rng: clean
+    if name in GROUP:
+        return partial(add_group_rain, GROUP[name], DRY if training else 0)
+    return NOISE.get(name) or derain.rain_degradation(RAIN[name])
+
+
+# ---- 4  Controls: what makes the content prior work? --------------------------------------------
+
+
+class FromNothing(derain.VQGANPrior):
+    """Control (a): the prior's network, but nothing was pre-trained, and all parts are trained.
+
+    Its loss is L1 and the loss of the codebook, as there is no teacher to ask.
+    """
+
+    def __init__(self, vqgan: derain.VQGAN):
+        super().__init__(vqgan)
+        self.requires_grad_(True)
+        del self.teacher
+
+    def loss(self, degraded: Tensor, clean: Tensor) -> Tensor:
+        latent = self.vqgan.encode(self.prepare(degraded))
+        _, _, codebook_loss = self.vqgan.quantize(latent)
+        return l1_loss(self.draw(latent, clean.shape), clean) + codebook_loss
+
+
+class NoCodebook(derain.Codebook):
+    """Control (b): stands in a VQGAN where the codebook was, and passes the latent on unchanged.
+
+    `derain.pretrain` then trains a plain autoencoder, and `derain.VQGANPrior` freezes its decoder.
+    """
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return the latent, the index of one code for pretrain to count, and no loss."""
+        return latent, torch.zeros(1, dtype=torch.long), 0.0

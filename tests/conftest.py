@@ -1,4 +1,4 @@
-"""What all tests share: the module under test, and a few small images."""
+"""What all tests share: the module under test, a few small photographs, and the command line."""
 
 import sys
 from pathlib import Path
@@ -38,11 +38,17 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def call(capfd):
-    """Run `python derain.py ARGUMENTS`, without a new process: status, output and errors."""
+    """Run `python derain.py ARGUMENTS` without a new process; return status, output and errors."""
+
     def command(*arguments):
         import derain
+
         capfd.readouterr()
-        status = derain.main([str(argument) for argument in arguments])
+        try:
+            status = derain.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            status = stop.code
         captured = capfd.readouterr()
         return SimpleNamespace(returncode=status, stdout=captured.out, stderr=captured.err)
+
     return command

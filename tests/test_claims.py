@@ -1,205 +1,229 @@
-"""figures/claims.py: degradations, runs, and verdicts, against numpy and closed forms."""
+"""figures/claims.py and materials.py, against loops, closed forms and known answers."""
 
-import csv
-import importlib.util
-import json
-import math
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import zlib
 from dataclasses import asdict, replace
+from itertools import product
+from math import ceil, exp, gamma, pi, sqrt
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import conv_transpose2d
 
 import derain
 from conftest import ROOT
 
-@pytest.fixture(scope="module")
-def claims():
-    spec = importlib.util.spec_from_file_location("claims", ROOT / "figures" / "claims.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["claims"] = module
-    spec.loader.exec_module(module)
-    yield module
-    for name in ("manga", "urban"):
-        derain.BACKGROUNDS.pop(name)
+sys.path.insert(0, str(ROOT / "figures"))
+import claims  # noqa: E402
+import materials  # noqa: E402
 
-# ---- degradations --------------------------------------------------------------------------------
+# ---- materials ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["gaussian", "correlated", "stripes"])
-def test_noise_has_the_power_that_it_says(claims, kind, rng):
-    grey = torch.full((40, 3, 64, 64), 0.5)
-    noise = claims.degradation(kind)(grey, rng) - grey
-    found = noise.square().mean((1, 2, 3)).sqrt()
-    low, high = claims.NOISE[kind]
-    assert abs(found.mean() - (low + high) / 2) < 0.006
-    assert low - 0.012 < found.min() and found.max() < high + 0.012
-    assert found.std() > 0.003  # a level for each image
 
-def test_salt_and_pepper_hits_whole_pixels_and_leaves_the_others(claims, rng):
-    grey = torch.full((40, 3, 50, 50), 0.5)
-    noisy = claims.degradation("salt-and-pepper")(grey, rng)
-    hit = (noisy != grey)
-    assert torch.equal(hit.any(1), hit.all(1))
-    assert set(noisy[hit].tolist()) == {0.0, 1.0}
-    assert abs(hit.float().mean() - 0.04) < 0.004 and abs(noisy[hit].mean() - 0.5) < 0.05
+def test_dead_leaves_leave_no_gap_and_hide_one_another():
+    leaves = np.stack([materials.draw_dead_leaves(128, derain.stream(i)) for i in range(6)])
+    assert (leaves == 0).all(1).mean() < 0.03  # the empty canvas is 0
+    # If leaves shone through, their edges would multiply.
+    assert (abs(np.diff(leaves.mean(1))) < 0.01).mean() > 0.7
 
-def test_correlated_noise_is_alike_next_door_and_white_noise_is_not(claims, rng):
-    grey = torch.full((20, 3, 64, 64), 0.5)
-    for kind, expected in (("correlated", math.exp(-1 / (4 * 1.5 ** 2))), ("gaussian", 0)):
-        noise = claims.degradation(kind)(grey, rng) - grey
-        found = (noise[..., 1:] * noise[..., :-1]).mean() / noise.square().mean()
-        assert abs(found - expected) < 0.03
 
-def test_stripes_have_one_frequency(claims, rng):
-    stripes = claims.degradation("stripes")(torch.full((1, 3, 16, 64), 0.5), rng) - 0.5
-    power = torch.fft.rfft(stripes[0, 0, 0]).abs()
-    assert power.argmax() == 8 and power[8] > 0.999 * power.norm()
-    assert torch.equal(stripes[0, 0, 0], stripes[0, 2, 9])
-
-@pytest.mark.parametrize("kind", ["blur-narrow", "blur-wide", "blur-other"])
-def test_blur_is_a_mean_along_a_line(claims, kind, rng):
-    flat = torch.full((2, 3, 30, 40), 0.3)
-    assert torch.allclose(claims.degradation(kind)(flat, rng), flat, atol=1e-5)
-    dot = torch.zeros(1, 3, 41, 41)
-    dot[..., 20, 20] = 1
-    blurred = claims.degradation(kind)(dot, rng)[0, 0].numpy()
-    assert blurred.sum() == pytest.approx(1, abs=1e-4)  # light is kept
-    y, x = np.mgrid[-20:21, -20:21]
-    angle = math.degrees(0.5 * math.atan2(2 * (blurred * x * y).sum(),
-                                          (blurred * (x ** 2 - y ** 2)).sum()))
-    direction = 90 - abs(angle)  # the line's axis, from vertical, to either side
-    low, high = claims.BLUR[kind][1]
-    assert low - 3 < direction < high + 3
-
-def test_strokes_only_brighten_and_painters_paint(claims, rng):
-    clean = torch.rand(2, 3, 60, 60)
-    assert (claims.degradation("strokes")(clean, rng) >= clean - 1e-6).all()
-    for category in ("manga", "urban"):
-        images = [derain.draw_background(category, 96, np.random.default_rng(s)) for s in (0, 0, 1)]
-        assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
-        assert images[0].std() > 0.1
-
-# ---- verdicts ------------------------------------------------------------------------------------
-
-def made_up(claims, pairs, seeds=5):
-    """A table of random results for the runs, and the same numbers for numpy."""
-    rng, table = np.random.default_rng(3), {}
-    for run in pairs:
-        for seed in range(seeds):
-            rows = []
-            for kind in claims.tests_of(run):
-                values = rng.uniform(10, 50, 6)
-                measures = dict(zip(("E_R", "E_R_ideal", "E_W", "E_B", "psnr", "ssim"), values))
-                rows.append({**asdict(replace(run, seed=seed)), "tested_on": kind, **measures})
-            table[replace(run, seed=seed)] = rows
-    return table
-
-def test_effects_by_hand(claims):
-    few, many = claims.few(claims.Run())
-    table = made_up(claims, (few, many))
-    for metric, sign in (("E_R", 1), ("E_W", -1), ("psnr", 1)):
-        expected = []
-        for seed in range(5):
-            first, second = (table[replace(run, seed=seed)] for run in (few, many))
-            expected.append(sign * (first[1][metric] - second[1][metric]))  # strokes come second
-        found = claims.effect(table, (few, many), "strokes", metric, 5)
-        assert found == pytest.approx(np.array(expected))
-    noise = claims.few(claims.Run(trained_on="gaussian"))
-    table = made_up(claims, noise)
-    others = [row["E_W"] for row in table[noise[0]] if row["tested_on"] != "gaussian"]
-    assert len(others) == 3
-    assert claims.values(table, noise[0], "other", "E_W", 5)[0] == pytest.approx(np.mean(others))
-    own = [row["psnr"] for row in table[noise[0]] if row["tested_on"] == "gaussian"]
-    assert claims.values(table, noise[0], "training", "psnr", 5)[0] == own[0]
-
-def test_the_interval_covers_the_truth_19_times_in_20(claims):
-    rng = np.random.default_rng(0)
-    for n in (5, 8):
-        found = [claims.verdict(rng.normal(0.0, 2.0, n))[2] for _ in range(4000)]
-        wrong = sum(word != "undecided" for word in found) / 4000
-        assert 0.04 < wrong < 0.06
-        assert 0.4 < found.count("reproduced") / max(1, wrong * 4000) < 0.6
-
-def test_verdicts_of_known_effects(claims):
-    assert claims.verdict(np.array([1.0, 1.1, 0.9, 1.2, 0.8]))[2] == "reproduced"
-    assert claims.verdict(-np.array([1.0, 1.1, 0.9, 1.2, 0.8]))[2] == "refuted"
-    assert claims.verdict(np.array([1.0, 1, 1, 1, -9]))[2] == "undecided"
-    assert claims.verdict(np.array([1.0, 1, 1]))[2] == "too few seeds"
-    mean, half, _ = claims.verdict(np.array([1.0, 2, 3, 4, 5]))
-    assert (mean, half) == pytest.approx((3, 2.776 * math.sqrt(2.5 / 5)), rel=1e-3)
-
-def test_numbers_of_the_readme_follow_from_the_table():
-    """With plain numpy: differences in unseen rain, their mean, and their interval."""
-    rows = list(csv.DictReader(open(ROOT / "figures" / "runs.csv", encoding="utf-8")))
-
-    def measured(metric, **fields):
-        fields = {"net": "resnet", "size": 0, "images": "faces", "third": "any", "n": 1024,
-                  "trained_on": "small", "steps": 2400, "tested_on": "unseen", **fields}
-        found = {row["seed"]: float(row[metric]) for row in rows
-                 if all(row[key].split("-")[0] == str(fields[key]) for key in fields)}
-        return np.array([found[str(seed)] for seed in range(5)])
-
-    wide = measured("psnr", trained_on="large") - measured("psnr", trained_on="large", n=8)
-    large = measured("E_W", size=32) - measured("E_W", size=32, n=8)
-    simple = [measured("E_W", images="photographs", third=third, n=64) for third in ("high", "low")]
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    for gain in (wide, large, simple[0] - simple[1]):
-        half = 2.776 * gain.std(ddof=1) / math.sqrt(5)
-        assert f"{gain.mean():.1f} ± {half:.1f}" in readme
-
-def test_panels_differ_in_one_thing(claims):
-    everything = claims.make_claims("photographs-1", 10)
-    for first, second in everything.pop("advice").panels.values():
-        assert second == claims.yardstick(first, "opening")
-    for claim in everything.values():
-        for first, second in claim.panels.values():
-            a, b = asdict(first), asdict(second)
-            assert sum(a[key] != b[key] for key in a) == 1
-    sizes = {8: 5115, 32: 75_747}
-    for channels, parameters in sizes.items():
-        assert sum(p.numel() for p in derain.ResNet(channels).parameters()) == parameters
-
-def test_thirds_by_sharpness_have_equal_numbers_and_do_not_overlap():
-    images = [derain.draw_background("natural", 96, np.random.default_rng(i)) for i in range(3)]
-    low, high = (derain.training_patches(images, 9, 0, third) for third in ("low", "high"))
-    assert len(low) == len(high) == 9
+@pytest.mark.parametrize("category", materials.PAINTERS)
+def test_painters_and_thirds_by_sharpness(category):
+    images = [materials.draw_background(category, 96, derain.stream(i)) for i in (0, 0, 1)]
+    assert images[0].equal(images[1]) and not images[0].equal(images[2])
+    low, high = [derain.training_patches(images, 9, 0, third) for third in ("low", "high")]
     assert derain.sharpness(low).max() <= derain.sharpness(high).min()
 
-# ---- runs ----------------------------------------------------------------------------------------
 
-def program(arguments, ranks=1):
-    """Run claims.py as a user would, in one process or under torchrun."""
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run([*start, ROOT / "figures" / "claims.py", *map(str, arguments)], text=True,
-                          capture_output=True, timeout=100, cwd=ROOT)
+# Amount, widths, length and direction of the rain of the paper's group; the last two end before.
+FACTS = {
+    "group small": ((20, 40), (1, 3), (25, 36), (-10, 11)),
+    "group medium": ((50, 70), (3, 5, 5, 7), (35, 46), (-30, 31)),
+    "group large": ((80, 100), (7, 9), (45, 56), (-60, 61)),
+}
 
-def test_two_ranks_and_a_second_start_give_the_same_table(tmp_path):
-    options = ("blur", "--seeds", 2, "--steps", 2, "--runs")
-    with ThreadPoolExecutor() as pool:
-        folders = ((*options, tmp_path / "one"), (*options, tmp_path / "two"))
-        assert not any(done.returncode for done in pool.map(program, folders, (1, 2)))
-    assert len({(tmp_path / name / "runs.csv").read_bytes() for name in ("one", "two")}) == 1
-    (tmp_path / "one" / "runs.csv").unlink()  # as if killed before the end
-    results = sorted((tmp_path / "one").glob("*.json"))
-    marked = json.loads(results[0].read_text())
-    marked[0]["E_W"] = 123.0
-    results[0].write_text(json.dumps(marked))  # a finished run is not done again
-    again = program((*options, tmp_path / "one"))
-    assert again.returncode == 0 and ",123.0," in (tmp_path / "one" / "runs.csv").read_text()
-    for name in ("blur.png", "claims.md"):
-        assert (tmp_path / "one" / name).exists() and name in again.stdout
-    assert "too few seeds" in (tmp_path / "one" / "claims.md").read_text()
 
-def test_bad_input_is_one_line(claims, monkeypatch, capsys):
-    for wrong in (["fewer"], ["few", "--seeds", "1"], ["few", "--steps", "0"], ["--colour"]):
-        monkeypatch.setattr("sys.argv", ["claims.py", *wrong])
-        with pytest.raises(SystemExit) as stop:
-            claims.main()
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    refused = program(("few", "--backgrounds", "nowhere"))
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+@pytest.mark.parametrize("name, seed", [*product(FACTS, range(12))])
+def test_rain_of_the_group_step_by_step(name, seed):
+    amounts, widths, lengths, directions = FACTS[name]
+    rng = derain.stream(seed)
+    amount = rng.uniform(*amounts, 1)
+    width = rng.choice(widths, 1)
+    length = rng.integers(*lengths, 1)
+    direction = rng.integers(*directions, 1)
+    weight = rng.uniform(0.7, 1, 1)
+    dry = rng.random(1) < 0.1  # if it is for training
+    reach = lengths[1] // 2
+    margin = 2 * reach + 10
+    side = 16 * ceil((20 + margin) / 16)
+    noise = 256 * rng.random((1, side, side), np.float32)
+    layer = torch.tensor(noise * (noise >= 256 * (1 - amount / 10_000)))
+
+    x = np.arange(-reach, reach + 1)
+    turned = (x - 1j * x[:, None]) * np.exp(1j * np.radians(direction))
+    line = np.clip(length / 2 + 0.5 - abs(turned.imag), 0, 1) * np.clip(1 - abs(turned.real), 0, 1)
+    x = np.arange(-4, 5)
+    bell = np.exp(-0.5 * (x / (0.3 * ((width - 1) / 2 - 1) + 0.8)) ** 2) * (abs(x) <= width / 2)
+    for kernel in ([[0, 0.1, 0], [0.1, 8, 0.1], [0, 0.1, 0]], line, np.outer(bell, bell)):
+        layer = conv_transpose2d(layer, torch.tensor(kernel)[None, None].to(layer))
+    inner = slice(margin, margin + 20)
+    layer = layer[:, inner, inner]
+    layer = (layer - layer.min()) / (layer.max() - layer.min())
+
+    for training in (True, False):
+        degrade = materials.degradation(name, training)
+        rainy = degrade(torch.zeros(1, 3, 20, 20), derain.stream(seed))
+        expected = 0 if training and dry else weight[0]
+        assert (rainy - expected * layer).abs().max() < 1e-4
+
+
+def test_noise_has_its_power_and_its_correlation(rng):
+    for kind, alike in (("gaussian", 0), ("correlated", exp(-1 / 9)), ("salt and pepper", 0)):
+        noise = materials.degradation(kind)(torch.full((40, 3, 64, 64), 0.5), rng) - 0.5
+        power = noise.square().mean((1, 2, 3)).sqrt()
+        assert abs(power.mean() - 0.1) < 0.006 and power.std() > 0.003
+        neighbours = (noise[..., 1:] * noise[..., :-1]).mean() / noise.square().mean()
+        assert abs(neighbours - alike) < 0.03
+    assert set(noise[:, 1].unique().tolist()) == {-0.5, 0, 0.5}
+
+
+def test_controls_differ_from_the_prior_in_what_they_name():
+    def changed(network):
+        before = {name: value.clone() for name, value in network.vqgan.named_parameters()}
+        derain.train(network, torch.rand(4, 3, 16, 16), lambda clean, rng: clean, 2)
+        after = network.vqgan.named_parameters()
+        return {name.split(".")[0] for name, value in after if not value.equal(before[name])}
+
+    vqgan = derain.VQGAN(**{**derain.PRIOR, "ch": 8})
+    parts = {"encoder", "quant_conv", "quantize", "post_quant_conv", "decoder"}
+    assert changed(materials.FromNothing(vqgan)) == parts
+    vqgan.quantize = materials.NoCodebook(9, 16)
+    derain.pretrain(vqgan, [torch.rand(3, 80, 80)], 2)
+    latent = torch.rand(1, 16, 2, 2)
+    assert torch.equal(vqgan.quantize(latent)[0], latent)
+    assert changed(derain.VQGANPrior(vqgan)) == {"encoder", "quant_conv"}
+
+
+# ---- verdicts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_interval_by_the_t_distribution_and_by_nadeau_and_bengio(n, rng):
+    effects = rng.normal(3, 2, n)
+    half = claims.verdict(effects).half
+    q = half / sqrt(sum((effects - sum(effects) / n) ** 2) / (n - 1) / n)
+    t = np.linspace(-q, q, 100_001)
+    density = (1 + t**2 / (n - 1)) ** (-n / 2) * gamma(n / 2) / gamma((n - 1) / 2)
+    assert 2 * q * density.mean() / sqrt((n - 1) * pi) == pytest.approx(0.95, abs=1e-4)
+    shared = claims.verdict(effects, photographs=True).half
+    assert (shared / half) ** 2 == pytest.approx((1 / n + 6 / 18) * n)
+
+
+def test_the_interval_covers_the_truth_19_times_in_20(rng):
+    for truth, word in ((-2, "opposite"), (0, "undecided"), (2, "reproduced")):
+        found = [claims.verdict(rng.normal(truth, 1, 5)) for _ in range(5000)]
+        assert 0.94 < np.mean([abs(one.mean - truth) < one.half for one in found]) < 0.96
+        assert np.mean([one.word == word for one in found]) > 0.85
+
+
+# ---- claims -------------------------------------------------------------------------------------
+
+# What the runs of a panel differ in, if not only in their number of backgrounds.
+VARIES = {"steps": {"n", "step"}, "factors": {"n", "test"}, "balance": {"n", "trained_on"}}
+VARIES |= {"prior": {"net"}, "gain": {"n", "third"}, "sharp": {"third"}}
+
+
+def test_panels_differ_in_what_they_name_and_in_nothing_else():
+    everything = claims.make_claims("photographs")
+    for name, claim in everything.items():
+        for panel, terms in claim.panels.items():
+            about = [{**asdict(term.run), "test": term.test, "step": term.step} for term in terms]
+            varies = {key for key in about[0] if len({one[key] for one in about}) > 1}
+            assert varies == VARIES.get(panel.split()[0], VARIES.get(name, {"n"})), panel
+            for term in terms:
+                place = (term.test, term.step)
+                assert place in product(claims.tests_of(term.run), claims.steps_of(term.run))
+    advised = claims.seeded(everything["advice"].shown, range(10, 15))
+    assert min(run.seed for run in advised) == 100
+
+
+def made_up(runs, seeds, rng):
+    """Return a table of random results."""
+    table = {}
+    for run in claims.seeded(runs, seeds):
+        for test, step in product(claims.tests_of(run), claims.steps_of(run)):
+            table[run, test, step] = dict(zip(claims.MEASURES, rng.uniform(-30, 50, 3)))
+    return table
+
+
+def test_a_contrast_by_hand(rng):
+    terms = claims.make_claims("photographs")["steps"].panels["resnet, faces"]
+    table = made_up([claims.Run(n=8), claims.Run(n=1024)], (10, 11), rng)
+    total = 0
+    for seed in (10, 11):
+        for n, step, sign in ((1024, 2400, 1), (8, 2400, -1), (1024, 200, -1), (8, 200, 1)):
+            total += sign * abs(table[claims.Run(n=n, seed=seed), "unseen", step]["rain_left"])
+    found = claims.judge(table, terms, (10, 11))
+    assert found["rain_left"].mean == pytest.approx(total / 2)
+
+
+def test_photographs_set_aside_are_no_part_of_the_choice():
+    for split in ("choice", "check"):
+        training, tests = map(set, claims.images_of("", split, 100, tuple(range(24))))
+        aside = set(range(0, 24, 3))
+        assert not training & (tests | aside)
+        assert tests == aside if split == "check" else len(tests - aside) == 4
+
+
+# ---- runs and files -----------------------------------------------------------------------------
+
+
+def test_ranks_share_the_work_and_damage_is_named(photos, tmp_path, rng, monkeypatch, capsys):
+    options = ["sharp", "--seeds=2", "--steps=1", f"--runs={tmp_path}"]
+    with_photos = [*options, f"--backgrounds={photos}"]
+
+    def main(options=options):
+        monkeypatch.setattr("sys.argv", ["claims.py", *options])
+        claims.main()
+        return capsys.readouterr().out
+
+    report = tmp_path / "claims.md"
+    report.write_text("old")
+    assert "nothing is finished" in main() and report.read_text() == "old"
+
+    pixels = b"".join(image.numpy().tobytes() for image in derain.load_images(photos))
+    everything = claims.make_claims(f"photographs-{zlib.crc32(pixels):08x}", 1)
+    runs = claims.runs_of(everything["sharp"])
+    made = made_up(runs[2:], (10, 11), rng) | made_up(runs[:2], [11], rng)  # two are left to do
+    file = tmp_path / "runs.csv"
+    claims.write_table(made, file)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*start, ROOT / "figures" / "claims.py", *with_photos], stdout=-1)
+    assert done.stdout.count(b" of ") == 2
+    by_two = file.read_bytes()
+    table = claims.read_table(file)
+    assert table | made == table  # what was finished is not done again
+    assert " of " not in main() and file.read_bytes() == by_two
+
+    result = claims.file_of(replace(runs[0], seed=10), tmp_path)
+    whole = result.read_text()
+    for content in (whole.replace("damage", "harm"), "", "[1, 2]", whole[:-9], "7"):
+        claims.write_table(made, file)
+        result.write_text(content)
+        told = main()
+        assert told.count(result.name) == 1 and "gain of 8" in told
+        assert "| gain of 8" not in report.read_text() and "| 64, low" in report.read_text()
+    assert main(with_photos).count(" of ") == 1 and file.read_bytes() == by_two
+
+    claims.write_table(made, file)
+    result.write_text(whole.replace('"damage"', '"new": 1.5, "damage"'))
+    assert "left out" not in main() and b",1.5" in file.read_bytes()
+    claims.write_table(made, file)
+    lines = file.read_text()
+    for damaged in (lines[:-2], lines[:-30], lines.replace(",unseen,", ",unseen,x", 1)):
+        file.write_text(damaged)
+        found = claims.read_table(file)
+        assert "runs.csv" in capsys.readouterr().out
+        assert sum(not claims.finished(found, run) for run in {key[0] for key in made}) == 1

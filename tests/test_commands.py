@@ -1,204 +1,378 @@
 """Section 8: the command line, as its users meet it."""
 
 import csv
+import os
 import re
+import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import derain
+
+MEASURES = ["rain_left", "damage", "E_R", "E_B", "psnr", "ssim"]
+
+
+@pytest.fixture(autouse=True)
+def few_test_images(monkeypatch):
+    monkeypatch.setattr(derain, "TEST_PATCHES", 3)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A network that returns its input, as a checkpoint."""
-    network = derain.build_network(derain.SwinIR)
-    for parameter in network.conv_last.parameters():
-        torch.nn.init.zeros_(parameter)
+    network = derain.build_network(derain.ResNet)
+    for parameter in network.tail.parameters():
+        parameter.data.zero_()
     path = tmp_path_factory.mktemp("model") / "idle.pt"
-    derain.save_checkpoint(path, network, "swinir", {})
+    derain.save_checkpoint(path, network, "resnet", {})
     return path
 
 
-def save(path, image):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    derain.save_image(image, path)
+def draw(folder, *names):
+    """Write small black images under several paths."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 14)).save(path)
 
 
-def test_the_main_job(call, photos, tmp_path):
-    done = call("--backgrounds", photos, "--steps", 2, "--few", 2, "--many", 3,
-                "--out", tmp_path / "new")
-    assert done.returncode == 0
-    words = [line.split()[:2] for line in done.stdout.splitlines()]
-    outputs = ["rainy", "opening", "few", "many"]
-    for rain in ("unseen", "small"):
-        for output in outputs:
-            assert [rain, output] in words
-    assert "E_W" in done.stdout and "headline.png" in done.stdout
-    rows = list(csv.DictReader(open(tmp_path / "new" / "headline.csv")))
-    assert [row["output"] for row in rows] == outputs * 2
-    assert Image.open(tmp_path / "new" / "headline.png").size[0] > 800
+def refused(done):
+    return done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
-def test_help_shows_defaults_and_an_example(capsys):
-    for verb in ((), ("rain",), ("train",), ("vqgan",), ("restore",), ("evaluate",)):
-        with pytest.raises(SystemExit) as stop:
-            derain.main([*verb, "--help"])
-        text = capsys.readouterr().out
-        assert stop.value.code == 0 and "example: python derain.py" in text
-        assert "default:" in text
+def table(text):
+    """Return the rows of a printed table as dicts."""
+    lines = [line.replace("opening ", "opening_").split() for line in text.splitlines()]
+    (start,) = [i for i, line in enumerate(lines) if line[-6:] == MEASURES]
+    return [dict(zip(lines[start], line)) for line in lines[start + 1 :]]
 
 
-def test_rain_falls_on_a_photograph_at_its_own_size(call, photos, tmp_path):
-    files = []
-    for seed in (0, 0, 1):
-        files.append(tmp_path / f"deep/{len(files)}.png")
-        options = ("--range", "large", "--seed", seed)
-        done = call("rain", photos / "photo0.png", "-o", files[-1], *options)
-        assert done.returncode == 0 and str(files[-1]) in done.stdout
-    clean, rainy = derain.open_image(photos / "photo0.png"), derain.open_image(files[0])
-    assert rainy.shape == clean.shape
-    assert (rainy >= clean - 1 / 255).all() and (rainy > clean + 0.2).any()
-    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+def numbers(row):
+    return [float(row[name]) for name in MEASURES]
 
 
-def test_train_and_restore(call, photos, tmp_path):
-    options = ("--backgrounds", photos, "--steps", 2, "--n", 3)
-    for name in ("a.pt", "b.pt"):
-        done = call("train", *options, "-o", tmp_path / name)
-        assert done.returncode == 0 and name in done.stdout and "loss" in done.stdout
-    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
-    done = call("restore", tmp_path / "a.pt", photos / "photo0.png", "-o", tmp_path / "out")
-    assert done.returncode == 0
-    network = derain.load_checkpoint(tmp_path / "a.pt")
-    image = derain.open_image(photos / "photo0.png")
-    restored = derain.open_image(tmp_path / "out" / "photo0-restored.png")
-    assert (restored - derain.predict(network, image[None])[0]).abs().max() < 0.51 / 255
+@pytest.fixture
+def twice(call):
+    """Run a command two times, which must write the same file; return what it printed."""
+
+    def run(file, *command):
+        made = []
+        for _ in range(2):
+            done = call(*command)
+            assert done.returncode == 0 and f"wrote {file}" in done.stdout
+            made.append(file.read_bytes())
+        assert made[0] == made[1]
+        return done.stdout
+
+    return run
 
 
-def test_simple_backgrounds_are_the_least_sharp(call, photos, tmp_path, monkeypatch):
-    taken = []
-    monkeypatch.setattr(derain, "train", lambda net, patches, *_, **__: taken.append(patches))
-    call("train", "--backgrounds", photos, "--n", 9, "--simple", "-o", tmp_path / "model.pt")
-    images, _ = derain.training_and_held_out(photos, "", 0)
-    patches = derain.sample_patches(images, 27, derain.PATCH, derain.stream(0, "patches"))
-    assert torch.equal(derain.sharpness(taken[0]), derain.sharpness(patches).sort().values[:9])
+def test_the_main_job(call, twice, photos, tmp_path):
+    results = tmp_path / "deep" / "headline.csv"
+    options = ("--backgrounds", photos, "--steps", 2, "--few", 2, "--many", 3, "--out")
+    printed = table(twice(results, *options, results.parent))
+    rows = list(csv.DictReader(results.open()))
+    assert list(rows[0]) == ["step", "rain", "output", "n", *MEASURES] and len(rows) == 20
+    for row, cells in zip(rows[10:], printed):
+        assert row["output"].replace(" ", "_") == cells["output"]
+        assert numbers(cells) == pytest.approx(numbers(row), abs=0.0051)
+    call("compare", *options, tmp_path)
+    pictures = [folder / "headline.png" for folder in (tmp_path, results.parent)]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
-def test_the_prior_from_the_command_line(call, photos, tmp_path):
+def test_help_shows_defaults_and_an_example(call):
+    for verb in ("compare", "rain", "train", "vqgan", "restore", "evaluate"):
+        done = call(verb, "--help")
+        assert done.returncode == 0 and "default:" in done.stdout
+        assert f"example: python derain.py {verb} ".replace(" compare", "") in done.stdout
+    assert "RGB" in done.stdout
+
+
+def test_rain_falls_on_a_photograph_at_its_own_size(call, twice, photos, tmp_path):
+    file = tmp_path / "deep" / "x.png"
+    command = ("rain", photos / "photo0.png", "-o", file, "--range", "large")
+    twice(file, *command)
+    rainy = np.int16(Image.open(file))
+    rain = rainy - np.int16(Image.open(photos / "photo0.png"))
+    assert rain.min() >= 0 and rain.max() > 50
+    call(*command, "--seed", 1)
+    assert (rainy != np.int16(Image.open(file))).any()
+
+
+def test_train_and_restore(call, twice, photos, tmp_path):
+    file = tmp_path / "m.pt"
+    options = ("--backgrounds", photos, "--steps", 2, "--n", 3, "-o", file)
+    printed = twice(file, "train", *options)
+    assert "2 of 2 steps" in printed and "on 1 images" in printed  # of 6
+    rows = table(printed)
+    assert [row["output"] for row in rows] == 2 * ["rainy", "opening_5", "opening_7", "resnet"]
+    assert [row["rain"] for row in rows] == 4 * ["medium"] + 4 * ["unseen"]
+    assert rows[0]["rain_left"] == rows[4]["rain_left"] == "100.00"
+
+    call("restore", file, photos / "photo0.png", "-o", tmp_path)
+    (rainy,) = derain.load_images(photos / "photo0.png")
+    (restored,) = derain.load_images(tmp_path / "photo0-restored.png")
+    output = derain.predict(derain.load_checkpoint(file), rainy[None])[0]
+    assert (output - restored).abs().max() < 0.51 / 255
+
+
+def test_thirds_of_the_backgrounds(call, tmp_path, monkeypatch, rng):
+    """Two of four photographs are flat.  At least one of these is among the three to train on."""
+    for i in range(4):
+        noise = rng.integers(100, 150, (128, 128), np.uint8)
+        Image.fromarray(noise * (i % 2)).save(tmp_path / f"{i}.png")
+    flat = []
+
+    def degrade(clean, rng):
+        flat.extend((clean.amax((1, 2, 3)) == 0).tolist())
+        return clean
+
+    monkeypatch.setattr(derain, "rain_degradation", lambda rain_range: degrade)
+    options = ("--backgrounds", tmp_path, "--steps", 3, "--n", 9, "-o", tmp_path / "m.pt")
+    for third, expected in (([], True), (["--third", "high"], False)):
+        flat.clear()
+        call("train", *options, *third)
+        assert set(flat[: 3 * derain.BATCH]) == {expected}
+        assert len(set(flat[3 * derain.BATCH :])) == 1  # tested on the fourth alone
+
+
+def test_the_prior_from_the_command_line(call, twice, photos, tmp_path):
     vqgan, prior = tmp_path / "vqgan.pt", tmp_path / "prior.pt"
-    assert call("vqgan", "--backgrounds", photos, "--steps", 2, "-o", vqgan).returncode == 0
+    twice(vqgan, "vqgan", "--backgrounds", photos, "--steps", 4, "-o", vqgan)
     train = ("train", "--backgrounds", photos, "--steps", 2, "--n", 4, "-o", prior, "--vqgan")
-    assert call(*train, vqgan).returncode == 0
-    assert isinstance(derain.load_checkpoint(prior), derain.VQGANPrior)
+    assert table(call(*train, vqgan).stdout)[-1]["output"] == "prior"
     assert call("restore", prior, photos / "photo1.png", "-o", tmp_path).returncode == 0
-    refused = call(*train, prior)
-    assert refused.returncode == 2 and "prior.pt" in refused.stderr
-    assert refused.stderr.count("\n") == 1
+    done = call(*train, prior)
+    assert refused(done) and "prior.pt" in done.stderr
 
 
 def test_the_good_ones_are_restored_and_the_others_named(call, model, photos, tmp_path):
     (tmp_path / "broken.png").write_bytes((photos / "photo0.png").read_bytes()[:300])
-    missing = tmp_path / "missing.png"
-    done = call("restore", model, tmp_path / "broken.png", photos / "photo1.png", missing,
-                "-o", tmp_path / "out")
-    assert done.returncode == 1 and done.stderr.count("\n") == 2
-    assert "broken.png" in done.stderr and "missing.png" in done.stderr
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["photo1-restored.png"]
+    draw(tmp_path / "folder", "1.png", "below/2.jpg", "2-restored.png")
+    sources = (tmp_path / "broken.png", tmp_path / "folder", tmp_path / "missing.png")
+    out = tmp_path / "folder" / "below"
+    for _ in range(2):  # the second time, results of the first are not restored again
+        done = call("restore", model, *sources, "-o", out)
+        assert done.returncode == 1 and done.stderr.count("\n") == 2
+        assert "broken.png" in done.stderr and "missing.png" in done.stderr
+        names = {file.name for file in out.iterdir()}
+        assert names == {"2.jpg", "1-restored.png", "2-restored.png"}
 
 
-def test_evaluate_pairs_by_number_and_averages(call, model, tmp_path, rng):
-    clean = torch.from_numpy(rng.random((3, 3, 30, 24), dtype=np.float32)) * 0.7
-    names = (("norain-001.png", ["rain-001.png"]), ("901.png", ["901_1.png", "901_2.png"]),
-             ("2.png", ["2.png"]))
-    expected = []
-    for image, (partner, files) in zip(clean, names):
-        save(tmp_path / "clean" / partner, image)
-        for file in files:
-            rain = torch.from_numpy(rng.random((1, 30, 24), dtype=np.float32)) * 0.3
-            save(tmp_path / "rainy" / file, image + rain)
-            pair = [derain.open_image(tmp_path / part)[None]
-                    for part in (f"rainy/{file}", f"clean/{partner}")]
-            for output in (pair[0], derain.opening(pair[0]), pair[0]):
-                expected.append(derain.decoupled_evaluation(output, *pair))
-    command = ("evaluate", model, "--rainy", tmp_path / "rainy", "--clean", tmp_path / "clean")
-    done = call(*command)
+def test_photographs_that_would_become_one_file_are_refused(call, model, tmp_path):
+    draw(tmp_path, "0.png", "a/1.png", "b/1.jpg")
+    done = call("restore", model, tmp_path, "-o", tmp_path / "out")
+    assert refused(done) and "a/1.png" in done.stderr and "b/1.jpg" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---- evaluate ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluate(call, model, tmp_path):
+    """Evaluate the idle network; return what was said, and the rows of the table that it wrote."""
+
+    def run(rainy="rainy", clean="clean"):
+        results = tmp_path / "new" / "results.csv"
+        folders = ("--rainy", tmp_path / rainy, "--clean", tmp_path / clean)
+        done = call("evaluate", model, *folders, "-o", results)
+        rows = list(csv.DictReader(results.open(errors="replace"))) if results.exists() else []
+        return done, rows
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "rainy, clean, pairs",
+    [
+        ("rainy", "clean", {"a/1.png": "a/1.jpg", "b/1.png": "b/1.jpg"}),
+        ("rainy", "clean", {"a/x1.png": "b/x1.jpg", "a/x2.png": "x2.png", "y1.png": "a/y1.png"}),
+        ("rainy", "clean", {"rain-07.png": "norain-7.png", "9_1.png": "9.png", "9_2.png": "9.png"}),
+        ("data/rainy", "data", {"1.png": "c1.png", "2.png": "c2.png"}),
+        ("data", "data/clean", {"r1.png": "1.png", "r2.png": "2.png"}),
+    ],
+)
+def test_pairs(evaluate, tmp_path, rainy, clean, pairs):
+    draw(tmp_path / rainy, *pairs)
+    draw(tmp_path / clean, *pairs.values())
+    done, rows = evaluate(rainy, clean)
     assert done.returncode == 0
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert lines[0][2:] == list(expected[0])
-    for i, name in enumerate(("rainy", "opening", str(model))):
-        means = [np.mean([row[key] for row in expected[i::3]]) for key in expected[0]]
-        assert lines[1 + i][:2] == [name, "4"]
-        assert [float(cell) for cell in lines[1 + i][2:]] == pytest.approx(means, abs=0.0051)
-    save(tmp_path / "rainy" / "77_1.png", clean[0])
-    save(tmp_path / "clean" / "88.png", clean[0])
-    save(tmp_path / "rainy" / "2_9.png", clean[0, :, :20])
-    done = call(*command)
-    assert done.returncode == 1 and done.stderr.count("\n") == 3
-    assert all(name in done.stderr for name in ("77_1.png", "88.png", "2_9.png"))
-    again = [line.split() for line in done.stdout.splitlines()]
-    assert again == lines
+    found = {row["rainy"]: row["clean"] for row in rows}
+    assert found == {str(tmp_path / rainy / a): str(tmp_path / clean / b) for a, b in pairs.items()}
 
 
-def test_bad_input_is_one_line_and_status_2(call, model, photos, tmp_path, capfd):
+@pytest.mark.parametrize("choice", [["274-14_0_3.png", "274_0_3.png"], ["a/274.png", "b/274.png"]])
+def test_a_choice_between_clean_images_is_refused(evaluate, tmp_path, choice):
+    draw(tmp_path / "rainy", "1.png", "274.png")
+    draw(tmp_path / "clean", "1.png", *choice)
+    done, rows = evaluate()
+    assert refused(done) and not rows and "same name" in done.stderr
+    assert all(name in done.stderr for name in choice) and done.stdout == ""
+
+
+def test_pairs_that_cannot_be_measured_are_named(evaluate, tmp_path):
+    draw(tmp_path / "rainy", "1.png", "2.png", "3.png")
+    draw(tmp_path / "clean", "1.png", "3.png")
+    Image.new("RGB", (12, 13)).save(tmp_path / "clean" / "1.png")
+    done, rows = evaluate()
+    assert done.returncode == 1 and len(rows) == 4
+    first, second = done.stderr.splitlines()
+    assert "rainy/1.png" in first and "clean/1.png" in first and "rainy/2.png" in second
+
+
+def measured(pairs):
+    """Return rain_left, damage, E_R and E_B over the pixels of all (output, rainy, clean)."""
+    d = np.concatenate([output - clean for output, _, clean in pairs])
+    r = np.concatenate([rainy - clean for _, rainy, clean in pairs])
+    pattern = np.concatenate([rainy - clean - np.mean(rainy - clean) for _, rainy, clean in pairs])
+    wet = np.abs(r).max(1) > 4.01
+    slope = np.sum(pattern * d) / np.sum(pattern**2)
+    parts = (d - slope * r, (d - r)[wet], d[~wet])
+    return [100 * slope, *(np.mean(part**2) ** 0.5 for part in parts)]
+
+
+def test_measures_are_pooled_over_all_pairs(evaluate, tmp_path, rng):
+    """The third pair is dry: rainy and clean are equal, and so is what the idle network returns."""
+    pictures = []
+    for i, (height, width) in enumerate([(30, 24), (12, 41), (20, 16)]):
+        clean = rng.integers(0, 200, (height, width, 3), np.uint8)
+        rain = 50 * (rng.random((height, width, 1)) < 0.2) * (i < 2)
+        pair = [Image.fromarray(np.uint8(image)) for image in (clean + rain, clean)]
+        for picture, folder in zip(pair, ("rainy", "clean")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture.save(tmp_path / folder / f"{i}.png")
+        pictures.append(pair)
+    done, rows = evaluate()
+    assert done.returncode == 0 and done.stderr == "" and "rainy/2.png" in done.stdout
+    assert "rainy: 1 infinite" in done.stdout and "idle.pt: 1 infinite" in done.stdout
+
+    for cells, size in zip(table(done.stdout), (1, 5, 7, 1)):
+        pairs = []
+        for rainy, clean in pictures:
+            smallest = rainy.filter(ImageFilter.MinFilter(size))
+            shown = (smallest.filter(ImageFilter.MaxFilter(size)), rainy, clean)
+            pairs.append([np.float64(picture).reshape(-1, 3) for picture in shown])
+        errors = [np.mean((output - clean) ** 2) for output, _, clean in pairs]
+        decibels = [20 * np.log10(255 / error**0.5) for error in errors if error]
+        expected = [*measured(pairs[:2])[:3], measured(pairs)[3], np.mean(decibels)]
+        assert numbers(cells)[:5] == pytest.approx(expected, abs=0.0051)
+
+    assert list(rows[0]) == ["rainy", "clean", "output", *MEASURES]
+    names = ["rainy", "opening 5", "opening 7", "idle.pt"]
+    assert [row["output"] for row in rows] == 3 * names
+    assert [row["rain_left"] == row["E_R"] == "" for row in rows] == 8 * [False] + 4 * [True]
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line_and_status_2(call, model, photos, tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "empty").mkdir()
-    Image.new("RGB", (50, 50)).save(tmp_path / "small.png")
-    out = tmp_path / "out.pt"
-    cases = (
-        ("--backgrounds", tmp_path / "nowhere"), ("--backgrounds", tmp_path / "empty"),
-        ("--backgrounds", photos / "photo0.png"), ("--few", 0), ("--steps", "many"), ("--seed", -1),
-        ("--net", "vgg"), ("--device", "tpu"), ("paint",), ("--colour", "red"), ("rain",),
-        ("rain", tmp_path / "text.png", "-o", tmp_path / "x.png"),
-        ("rain", tmp_path / "missing.png", "-o", tmp_path / "x.png"),
-        ("rain", photos / "photo0.png", "-o", tmp_path / "x.txt"),
-        ("rain", photos / "photo0.png", "-o", tmp_path / "small.png" / "x.png"),
-        ("rain", photos / "photo0.png", "-o", tmp_path / "x.png", "--range", "hail"),
-        ("train", "--backgrounds", tmp_path / "empty", "-o", out),
-        ("train", "--vqgan", model, "-o", out), ("train", "--vqgan", tmp_path / "no.pt", "-o", out),
-        ("restore", tmp_path / "text.png", photos / "photo0.png", "-o", tmp_path),
-        ("restore", tmp_path / "missing.pt", photos / "photo0.png", "-o", tmp_path),
-        ("evaluate", model, "--rainy", tmp_path / "nowhere", "--clean", photos))
-    for case in cases:
-        try:
-            done = call(*case)
-            status, errors = done.returncode, done.stderr
-        except SystemExit as stop:  # argparse
-            status, errors = stop.code, capfd.readouterr().err
-        assert status == 2 and errors.count("\n") == 1 and len(errors) > 15, (case, errors)
-    alone = call("--backgrounds", tmp_path / "small.png")  # skipped, and then nothing is left
-    assert alone.returncode == 2 and "small.png" in alone.stderr and alone.stderr.count("\n") <= 2
-    assert not out.exists()
+    (tmp_path / "huge.ppm").write_text("P6 100000001 1 255 ")
+    (tmp_path / "many").mkdir()
+    for i in range(2500):
+        (tmp_path / "many" / f"{i}.png").touch()
+    photo = photos / "photo0.png"
+    compare = ("--out", tmp_path, "--backgrounds")
+    rain = ("rain", photo, "-o")
+    train = ("train", "-o", tmp_path / "out.pt", "--backgrounds")
+    for command, reason in (
+        ((*compare, tmp_path / "nowhere"), "nowhere"),
+        ((*compare, photo), "one photograph"),
+        ((*compare, photos, "--many", 10**6), "memory"),
+        ((*rain, tmp_path / "out.txt"), "out.txt"),
+        ((*rain, tmp_path / "text.png" / "out.png"), "text.png"),
+        ((*rain, tmp_path), "folder"),
+        (("rain", tmp_path / "missing.png", "-o", tmp_path / "out.png"), "missing.png"),
+        (("rain", tmp_path / "huge.ppm", "-o", tmp_path / "out.png"), "100 megapixels"),
+        ((*train, tmp_path / "many"), "2,500"),
+        ((*train, photos, "--n", 10**6), "memory"),
+        (("restore", tmp_path / "text.png", photo, "-o", tmp_path), "text.png"),
+        (("evaluate", model, "--rainy", tmp_path / "nowhere", "--clean", photos), "nowhere"),
+    ):
+        done = call(*command)
+        assert refused(done) and reason in done.stderr, command
+    assert not list(tmp_path.glob("out*"))
 
 
-def test_it_runs_as_a_program():
-    command = [sys.executable, derain.__file__, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "restore" in done.stdout
+@pytest.mark.parametrize("options", ["--few 0", "--steps x", "--seed -1", "--net vgg", "x", "rain"])
+def test_wrong_options_are_two_lines_and_status_2(call, options):
+    done = call(*options.split())
+    usage, problem = done.stderr.splitlines()
+    assert done.returncode == 2 and usage.startswith("usage: derain.py ") and "error" in problem
 
 
-def test_the_contents_name_what_is_there():
-    """The lines of the module's docstring that begin with a section's number."""
-    names = []
-    for line in derain.__doc__.splitlines():
-        if line[:1].isdigit():
-            names += line[16:].replace(",", " ").split()
-    assert len(names) > 40
-    assert all(hasattr(derain, name) for name in names)
+def test_a_full_disk_leaves_what_was_there(call, photos, tmp_path):
+    target = tmp_path / "x.png"
+    target.write_bytes(b"old")
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))  # no file may be longer
+    try:
+        done = call("rain", photos / "photo0.png", "-o", target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert refused(done) and "x.png cannot be written" in done.stderr
+    assert os.listdir(tmp_path) == ["x.png"] and target.read_bytes() == b"old"
+
+
+def test_ctrl_c_stops_the_main_job_and_its_threads(call, photos, tmp_path):
+    threads = threading.active_count()
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
+    begun = time.monotonic()
+    timer.start()
+    try:
+        done = call("--backgrounds", photos, "--steps", 4000, "--out", tmp_path)
+    finally:
+        timer.cancel()
+    assert done.returncode == 130 and done.stderr.count("\n") == 1
+    assert time.monotonic() - begun < 5 and threading.active_count() == threads
+
+
+@pytest.mark.parametrize("problem", [ValueError, RuntimeError])
+def test_a_bug_in_a_network_shows_its_traceback(
+    call, model, photos, tmp_path, monkeypatch, problem
+):
+    def forward(self, degraded):
+        raise problem("a bug")
+
+    monkeypatch.setattr(derain.ResNet, "forward", forward)
+    for command in (
+        ("--backgrounds", photos, "--out", tmp_path),
+        ("train", "--backgrounds", photos, "-o", tmp_path / "m.pt"),
+        ("restore", model, photos, "-o", tmp_path),
+    ):
+        with pytest.raises(problem, match="a bug"):
+            call(*command)
+
+
+def test_names_that_the_terminal_cannot_show(evaluate, model, tmp_path):
+    names = ["regen-\u00fc\u96e8.png", os.fsdecode(b"rain-\xff.png")]
+    draw(tmp_path / "rainy", *names)
+    draw(tmp_path / "clean", *names)
+    command = [sys.executable, derain.__file__, "restore", model, tmp_path / "rainy", "-o"]
+    ascii_terminal = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, tmp_path / "out"], capture_output=True, env=ascii_terminal)
+    assert done.returncode == 0 and not done.stderr and done.stdout.count(b"-restored.png") == 2
+    assert len(os.listdir(tmp_path / "out")) == 2
+    assert len(evaluate()[1]) == 8
+
+
+# ---- the text of the module ----------------------------------------------------------------------
 
 
 def test_sections_use_only_earlier_ones():
     """A function is not called in any section above its own."""
-    source = open(derain.__file__, encoding="utf-8").read()
-    sections = source.split("# ---- ")[1:]
+    with open(derain.__file__, encoding="utf-8") as file:
+        sections = file.read().split("# ---- ")
     for i, section in enumerate(sections):
-        later = "".join(sections[i + 1:])
-        for line in later.splitlines():
-            if line.startswith(("def ", "class ")):
-                name = line.split()[1].split("(")[0].rstrip(":")
-                called = re.search(rf"(?<![\w.`]){name}\(", section)
-                assert not called, f"{name} is used in section {i + 1}"
+        for name in re.findall(r"(?m)^(?:def|class) (\w+)", "".join(sections[i + 1 :])):
+            assert not re.search(rf"(?<![\w.`]){name}\(", section), (name, i)
