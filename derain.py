@@ -318,8 +318,8 @@ def training_patches(images: list, n: int, seed: int, third: str = "any") -> Ten
     """Return n backgrounds (n, 3, PATCH, PATCH), cut out of images (3, h, w).
 
     third: "any" takes patches as they come.  "low" cuts 3 n patches and keeps the least sharp
-    third, "high" the sharpest third.  With "any", a training with n = 8 uses the
-    first 8 patches of one with n = 1,024 (up to MANY).  Raises BadInput if they would take more than 1 GB.
+    third, "high" the sharpest third.  With "any", a training with n = 8 uses the first 8 patches of
+    one with n = 1,024 (up to MANY).  Raises BadInput if they would take more than 1 GB.
     """
     rng = stream(seed, "patches")
     # With "any", MANY are cut even if fewer are needed: fewer would be drawn at other places.
@@ -1709,7 +1709,7 @@ def run_restore(model, photos, device, output):
             files.append(photo)
 
     sources = {}
-    for file in files:
+    for file in dict.fromkeys(files):  # each once
         target = output / f"{file.stem}-restored.png"
         if target in sources:
             raise BadInput(f"{sources[target]} and {file} would both become {target}; rename one")
@@ -1770,7 +1770,7 @@ def run_evaluate(models, rainy, clean, device, output):
     networks = {model.name: load_checkpoint(model).to(device) for model in models}
     if len(networks) < len(models):
         raise BadInput("two models have the same file name; rename one")
-    pairs = find_pairs(rainy, clean)
+    pairs = find_pairs(rainy.resolve(), clean.resolve())
     if output:
         prepare_folder(output)
 

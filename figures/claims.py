@@ -666,14 +666,13 @@ def figure_default(runs, folder, photographs):
     """Draw a photograph that was set aside, in rain and dry, through the chosen and the usual."""
     clean = photographs[::3][:3][-1][None, :, :320, :320]  # the third of those
     rainy = degradation("unseen")(clean, derain.stream(0, "default"))
-    figure = Figure((13, 7), layout="constrained")
+    figure = Figure((10, 5.5), layout="constrained")
     for line, image in zip(figure.subplots(2, 4), (rainy, clean)):
         outputs = {"input": image, "opening 7": derain.opening(image, 7)}
-        for run in runs:
+        for name, run in zip(("chosen training", "usual training"), runs):
             network = make_network(run)
-            weights = torch.load(file_of(run, folder, "pt"), weights_only=True)
-            network.load_state_dict(weights)
-            outputs[label(run)] = derain.restore(network, image[0])[None]
+            network.load_state_dict(torch.load(file_of(run, folder, "pt"), weights_only=True))
+            outputs[name] = derain.restore(network, image[0])[None]
         for axes, (name, output) in zip(line, outputs.items()):
             axes.imshow(output[0].permute(1, 2, 0))
             axes.set(
@@ -688,7 +687,7 @@ def figure_default(runs, folder, photographs):
 def report(table, claims, wanted, seeds):
     """Return the lines of claims.md on what is finished, and its figures by name.
 
-    Tells what is left out of the wanted claims.
+    Tells which panels of the wanted claims are left out, as their runs are missing.
     """
     lines = []
     results = {}
@@ -702,8 +701,7 @@ def report(table, claims, wanted, seeds):
                 results[f"{name}: {panel} ({claim.primary})"] = found
         complete = whole(table, runs_of(claim), seeds)
         if name in wanted and not complete:
-            left_out = sorted(claim.panels.keys() - panels)
-            print(f"{name}: left out, as runs are missing", *left_out, sep=" | ")
+            print(f"{name}: runs are missing", *sorted(claim.panels.keys() - panels), sep=" | ")
         if panels or complete:
             lines += claim_lines(table, name, claim, panels, seeds)
 
@@ -713,18 +711,16 @@ def report(table, claims, wanted, seeds):
         figures["advice"] = figure_advice(table, runs_of(claims["advice"]), seeds)
     if results:
         count = len(results)
-        text = INTRODUCTION.format(seeds=seeds, last=seeds[-1], count=count, chance=count / 20)
-        lines.insert(0, text)
+        lines.insert(
+            0, INTRODUCTION.format(seeds=seeds, last=seeds[-1], count=count, chance=count / 20)
+        )
         figures["verdicts"] = figure_verdicts(results)
     return lines, figures
 
 
 def main():
     """Do what is missing, collect it in runs.csv, and report."""
-    parser = ArgumentParser(
-        usage="claims.py [CLAIM...] [OPTIONS]",
-        description="Which of the paper's claims hold here?",
-    )
+    parser = ArgumentParser(usage="claims.py [CLAIM...] [OPTIONS]")
     add = parser.add_argument
     add("claims", nargs="*", help="few, steps, ..., noise, advice; without, all of them")
     add("--seeds", type=int, default=5, choices=range(2, 11), help="number of seeds, 2 to 10 (5)")
@@ -753,7 +749,7 @@ def main():
 
     claims = make_claims(images, args.steps)
     wanted = args.claims or list(claims)
-    if args.steps < 1 or not claims.keys() >= set(wanted):
+    if args.steps < 1 or set(wanted) - claims.keys():
         parser.error(f"steps are above 0, and the claims are {', '.join(claims)}")
     seeds = range(args.first, args.first + args.seeds)
     runs = []

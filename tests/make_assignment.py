@@ -42,7 +42,7 @@ ASSIGNMENTS = {
         "VQGANPrior.loss",
     ],
 }
-# What a handout shows of other assignments, as its tests, its figure or its ablation call it.
+# What a handout shows of other assignments, as its tests, its figure or its exercises call it.
 SHOWN = {
     "lab": ["ssim"],
     "evaluation": ASSIGNMENTS["rain"],

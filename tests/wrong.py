@@ -110,7 +110,9 @@ WRONG = (
         "means over images",
         "measures = decoupled_measures([decoupled_sums(*images) for images in triples])",
         "each = [decoupled_measures([decoupled_sums(*images)]) for images in triples]\n"
-        "    measures = {k: np.mean([one[k] for one in each if one[k] == one[k]] or nan) for k in each[0]}",
+        "    measures = {}\n"
+        "    for k in each[0]:\n"
+        "        measures[k] = np.mean([one[k] for one in each if one[k] == one[k]] or nan)",
     ),
     (
         "decoupled_evaluation",
