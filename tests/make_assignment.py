@@ -123,6 +123,17 @@ def write_handout(folder: Path, name: str) -> None:
     (folder / "README.md").write_text(readme, "utf-8")
 
 
+def write_plugin() -> None:
+    """Tell pytest of --module, wherever a student's file is, if it runs in the project's root.
+
+    pytest loads the plugins that a folder *.egg-info names, as installed packages have one.
+    """
+    folder = ROOT / "grader.egg-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: grader\nVersion: 0\n")
+    (folder / "entry_points.txt").write_text("[pytest11]\ngrader = tests.grader\n")
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -158,13 +169,7 @@ def main() -> int:
         if target.suffix == ".py":
             student = blank(SOURCE.read_text("utf-8"), names)
             target.write_text(student, "utf-8")
-            beside = target.with_name("conftest.py")  # so that pytest knows --module here, too
-            if not beside.exists():
-                beside.write_text(
-                    f"import sys\n\nsys.path.insert(0, {str(TESTS)!r})\n"
-                    'pytest_plugins = ["grader"]\n'
-                )
-                print(f"wrote {beside}, which tells pytest of --module")
+            write_plugin()
         else:
             write_handout(target, args.assignments[0])
     except OSError as problem:

@@ -453,7 +453,7 @@ def test_the_grade_is_the_same_with_and_without_the_mark(tmp_path):
     student = tmp_path / "eve.py"
     assert command("tests/make_assignment.py", "rain", "lab", "-o", student)[0] == 0
     loop = "def add_rain(background, rain):\n    while True:\n        pass\n\n\n"
-    hurry = "sys.modules['grader'].LIMIT = 0.5"
+    hurry = "sys.modules['tests.grader'].LIMIT = 0.5"
     student.write_text(TEXT.replace(source_of("add_rain"), loop + hurry), "utf-8")
     other = tmp_path / "test_other.py"
     other.write_text(
