@@ -1,5 +1,6 @@
 """What all tests share: the module under test, a few small photographs, and the command line."""
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,14 @@ def pytest_addoption(parser, pluginmanager):
     """The grader does nothing without --module."""
     if not pluginmanager.has_plugin("grader"):  # make_assignment.py may have told pytest of it
         pluginmanager.import_plugin("grader")
+
+
+def t_within(limit: float, freedom: int) -> float:
+    """Return how much of Student's t-distribution is within a limit, by its density."""
+    t = np.linspace(-limit, limit, 100_001)
+    density = (1 + t**2 / freedom) ** (-(freedom + 1) / 2) / math.sqrt(freedom * math.pi)
+    density *= math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+    return 2 * limit * density.mean()
 
 
 @pytest.fixture

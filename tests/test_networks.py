@@ -177,12 +177,3 @@ def test_networks_take_images_of_any_size_and_keep_their_seed(name):
     for h, w in ((1, 1), (3, 50), (17, 8), (40, 40)):
         image = ramp(2, 3, h, w)
         torch.testing.assert_close(network(image), image)  # all that is left is the skip
-
-
-@pytest.mark.parametrize("name, first, last", [("resnet", 10, 10), ("unet", 20, 23)])
-def test_fields_of_view(name, first, last):
-    """A pixel depends on 21x21 pixels in the ResNet, on 44x44 in the U-Net."""
-    image = ramp(1, 3, 64, 64).requires_grad_()
-    derain.build_network(derain.NETWORKS[name])(image)[0, :, 30, 30].sum().backward()
-    seen = torch.nonzero(image.grad.abs().sum((0, 1)))
-    assert seen.amin(0).tolist() == [30 - first] * 2 and seen.amax(0).tolist() == [30 + last] * 2

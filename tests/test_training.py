@@ -1,9 +1,7 @@
 """Sections 5 and 7: training and the main job; and checkpoints."""
 
-import itertools
 import os
 import resource
-import time
 
 import numpy as np
 import pytest
@@ -122,48 +120,17 @@ def test_the_seed_alone_decides_every_draw():
     assert len({*first, *draws(600, 0)}) == 24
 
 
-def test_ranges_nest_and_unseen_is_unseen():
-    small, medium, large, unseen = [np.array(bounds[:4]) for bounds in derain.RAIN.values()]
-    for inner, outer in ((small, medium), (medium, large)):
-        assert (outer[:, 0] < inner[:, 0]).all() and (inner[:, 1] < outer[:, 1]).all()
-    assert (unseen[2:, 0] > large[2:, 1]).all()  # longer and more slanted
-
-
 # ---- the main job --------------------------------------------------------------------------------
 
 IMAGES = list(torch.rand(6, 3, 60, 50) / 2)
 
 
-class Uneven(Toy):
-    """Of two networks that are built, one takes longer for each step."""
-
-    delays = itertools.cycle([0, 0.005])
-
-    def __init__(self):
-        super().__init__()
-        self.delay = next(self.delays)
-
-    def forward(self, degraded):
-        time.sleep(self.delay)
-        return super().forward(degraded)
-
-
-@pytest.fixture
-def main_job(monkeypatch):
-    """Run the main job on small images, with 2 and 5 backgrounds."""
+def test_the_main_job_has_a_row_for_each_step_rain_and_output(monkeypatch, capsys):
     monkeypatch.setattr(derain, "TEST_PATCHES", 3)
     monkeypatch.setattr(derain, "TEST_PATCH", 32)
-    monkeypatch.setitem(derain.NETWORKS, "uneven", Uneven)
-
-    def run(seed=0):
-        settings = (2, 5, "uneven", "medium", 30, seed)
-        return derain.few_against_many(IMAGES[:4], IMAGES[4:], *settings)
-
-    return run
-
-
-def test_the_main_job_has_a_row_for_each_step_rain_and_output(main_job, capsys):
-    rows, pictures = main_job()
+    monkeypatch.setitem(derain.NETWORKS, "toy", Toy)
+    settings = (2, 5, "toy", "medium", 30, 0)  # 2 and 5 backgrounds, 30 steps, seed 0
+    rows, pictures = derain.few_against_many(IMAGES[:4], IMAGES[4:], *settings)
     progress = capsys.readouterr().out
     numbers = {"rainy": 0, "opening 5": 0, "opening 7": 0, "few": 2, "many": 5}
     steps = sorted({row["step"] for row in rows})
@@ -185,13 +152,6 @@ def test_the_main_job_has_a_row_for_each_step_rain_and_output(main_job, capsys):
             derain.train(network, patches, derain.rain_degradation(derain.RAIN["medium"]), 30)
             assert torch.allclose(image, derain.predict(network, rainy), atol=1e-5)
             assert f"{n} backgrounds: 30 of 30 steps, loss 0." in progress
-
-
-def test_the_main_job_does_not_depend_on_which_network_is_faster(main_job):
-    rows, _ = main_job()
-    next(Uneven.delays)  # from now on the other one is slow
-    assert main_job()[0] == rows
-    assert main_job(seed=1)[0] != rows
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 import types
-import zipfile
 
 import numpy as np
 import pytest
@@ -79,19 +78,11 @@ def test_structure_of_the_published_imagenet_configuration():
         "encoder.down.4.attn.1.q.weight": [512, 512, 1, 1],
         "decoder.up.4.attn.2.q.weight": [512, 512, 1, 1],
         "encoder.down.2.block.0.nin_shortcut.weight": [256, 128, 1, 1],
-        "decoder.conv_in.weight": [512, 256, 3, 3],
         "decoder.up.0.block.2.conv1.weight": [128, 128, 3, 3],
-        "decoder.conv_out.weight": [3, 128, 3, 3],
     }.items():
         assert list(weights[name].shape) == shape
     for absent in ("down.3.attn.", "down.4.downsample.", "up.0.upsample.", "up.0.block.3."):
         assert absent not in " ".join(weights)
-
-
-def test_groups_of_normalization_in_small_networks():
-    for layer in derain.VQGAN(**derain.PRIOR).modules():
-        if isinstance(layer, torch.nn.GroupNorm):
-            assert layer.num_groups == layer.num_channels // 4 <= 32
 
 
 def nearest(codes, latent):
@@ -260,32 +251,6 @@ def test_a_malicious_checkpoint_runs_nothing(small, tmp_path, function, publishe
         with contextlib.suppress(derain.BadInput):
             derain.load_vqgan("a.ckpt")
         assert os.listdir() == ["a.ckpt"]
-
-
-class Program(torch.nn.Module):
-    """As TorchScript, it writes a file when it is loaded."""
-
-    @torch.jit.export
-    def __getstate__(self):
-        return torch.ones(1)
-
-    @torch.jit.export
-    def __setstate__(self, state: torch.Tensor):
-        self.training = False
-        torch.save(state, "made")
-
-
-@pytest.mark.parametrize("name", ["constants.pkl", "CONSTANTS.PKL"])
-def test_torchscript_is_refused_and_not_run(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    torch.jit.script(Program()).save("made")
-    with zipfile.ZipFile("made") as original, zipfile.ZipFile("a.ckpt", "w") as archive:
-        for item in original.namelist():
-            archive.writestr(item.replace("constants.pkl", name), original.read(item))
-    os.remove("made")
-    with pytest.raises(derain.BadInput, match=EXPECTED):
-        derain.load_vqgan(tmp_path / "a.ckpt")
-    assert os.listdir() == ["a.ckpt"]
 
 
 @pytest.mark.parametrize(
