@@ -520,6 +520,7 @@ so that more is better in every column.  The claim's primary measure, fixed befo
 decides: *reproduced* above zero, *opposite* below, *undecided* if the interval contains it.  The
 last columns hold the primary measure in the three rains of the paper's group.  The second table of
 a claim holds means over the seeds; where there is no rain (dry), rain left is not a number (nan).
+There, "mean PSNR" is that over `unseen`, `group medium` and `group large`.
 
 A seed changes all at once: images, patches, first weights, rain, tests.  What a panel compares
 shares all of these but what the panel names.  Photographs are the same in every seed, and only
@@ -568,10 +569,10 @@ def interval(found):
 
 def number_lines(table, runs, columns, seeds):
     """Return a table of the measures of runs; columns: pairs of a test and a step."""
-    heading = ["rain left % / damage / PSNR dB"]
+    heading = ["rain left % / damage / PSNR dB", "mean PSNR"]
     rows = [heading + [f"{test}, step {step:,}" for test, step in columns]]
     for run in runs:
-        row = [label(run)]
+        row = [label(run), f"{score(table, run, seeds):.2f}"]
         for test, step in columns:
             means = measured(table, run, test, step, seeds).mean(0)
             row.append(" / ".join(f"{mean:.1f}" for mean in means))
@@ -628,19 +629,22 @@ def figure_verdicts(results):
 
 
 def figure_balance(table, runs, seeds):
-    """Draw the PSNR in unseen rain; runs: those of two balance maps."""
-    figure = Figure((10, 5), layout="constrained")
-    figure.suptitle("PSNR in unseen rain, dB.  Framed: the best number for each training rain")
-    for axes, runs in zip(figure.subplots(1, 2), (runs[:12], runs[12:])):
-        found = [measured(table, run, "unseen", run.steps, seeds)[:, 2].mean() for run in runs]
-        cells = np.reshape(found, (4, 3))
-        axes.imshow(cells, "Blues", aspect="auto", alpha=0.5)
-        for (i, j), mean in np.ndenumerate(cells):
-            frame = {"fc": "none", "lw": 3} if mean == cells[:, j].max() else None
-            axes.text(j, i, f"{mean:.1f}", size=16, ha="center", va="center", bbox=frame)
-        axes.set_xticks(range(3), RANGES)
-        axes.set_yticks(range(4), NUMBERS)
-        axes.set(title=runs[0].images, xlabel="range of training rain", ylabel="backgrounds")
+    """Draw the PSNR in unseen rain; runs: those of a balance map."""
+    found = [measured(table, run, "unseen", run.steps, seeds)[:, 2].mean() for run in runs]
+    cells = np.reshape(found, (len(NUMBERS), len(RANGES)))
+    figure = Figure((6.5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(cells, "Blues", aspect="auto", alpha=0.5)
+    for (i, j), mean in np.ndenumerate(cells):
+        frame = {"fc": "none", "lw": 3} if mean == cells[:, j].max() else None
+        axes.text(j, i, f"{mean:.1f}", size=16, ha="center", va="center", bbox=frame)
+    axes.set_xticks(range(len(RANGES)), RANGES)
+    axes.set_yticks(range(len(NUMBERS)), NUMBERS)
+    axes.set(
+        title="PSNR in unseen rain, dB; framed: the best number for a range",
+        xlabel="range of training rain",
+        ylabel="backgrounds",
+    )
     return figure
 
 
@@ -782,3 +786,6 @@ if __name__ == "__main__":
     except (derain.BadInput, OSError) as problem:
         print("claims.py:", problem, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("claims.py: stopped; finished runs are kept", file=sys.stderr)
+        sys.exit(130)
