@@ -10,7 +10,8 @@ images, the other on 1,024.  Eight backgrounds are simpler than the rain, so the
 the images.  1,024 are less simple than the rain, so the second copy learns the rain.  Then both
 meet rain that they have not seen.  `python derain.py` runs this experiment in about a minute.
 
-Read the file from the top.  Each section opens with its question, and uses what stands above it.
+Read the file from the top.  Each section opens with its question, and uses the sections above it.
+These are the main functions; their helpers stand beside them.
 
 1 rain           RainRange, RAIN, streak_kernel, streak_seeds, rain_layers, add_rain,
                  rain_degradation
@@ -99,14 +100,15 @@ def stream(seed: int, *purpose: str | int) -> Generator:
 # The layer R is made from random noise in three steps, shown here on a few pixels:
 #
 #     uniform noise        seeds: noise above       one streak,          rain layer: a streak
-#                          a threshold              the kernel           at every seed
+#                          a threshold, .95         the kernel           at every seed
 #
 #     .31 .90 .12 .54      .   .   .   .                  /                .  .  .  /
 #     .26 .65 .99 .42      .   .   *   .       and       /        give     .  .  /  .
 #     .83 .17 .38 .71      .   .   .   .                /                  .  /  .  .
 #
-# The threshold decides how many streaks there are, the kernel what they look like.  These factors
-# are drawn anew for every image, from intervals that we choose.  A network can learn the intervals
+# (A seed here is a pixel where a streak lies.  It is not the seed of a random generator.)  The
+# threshold decides how many streaks there are, the kernel what they look like.  These factors are
+# drawn anew for every image, from intervals that we choose.  A network can learn the intervals
 # instead of the image: for example, to remove bright lines that are vertical and 12 to 16 pixels
 # long, and only those.  That is what all experiments here are about.
 
@@ -117,8 +119,8 @@ class RainRange(NamedTuple):
     quantity: tuple  # streak seeds per 10,000 pixels
     width: tuple  # of a streak, between points of half its brightness, in pixels
     length: tuple  # of a streak, between points of half its brightness, in pixels
-    direction: tuple  # degrees from vertical; a positive streak leans like "/"
-    either_side: bool = False  # True: an image leans to the other side with a chance of 1/2
+    direction: tuple  # degrees from vertical; with positive ones a streak leans like "/"
+    either_side: bool = False  # True: an image's rain leans to the other side half of the time
 
 
 # In every factor, "small" lies within "medium", and "medium" within "large".  No training uses
@@ -138,9 +140,9 @@ def streak_kernel(
 ) -> Tensor:
     """Return the picture of one streak: a line, blurred by a Gaussian, with 1 at its centre.
 
-    width, length: pixels between points of half brightness, above 0.  The line is as long as
-    `length`.  The Gaussian's sigma is width / 2.3548: it falls to one half at 2.3548 / 2 sigma.
-    direction: degrees from vertical; a positive streak leans like "/".
+    width, length: pixels between points of half brightness, above 0.
+    A Gaussian falls to one half of its height at 1.1774 sigma, so sigma is width / 2.3548.
+    direction: degrees from vertical; with a positive one the streak leans like "/".
     Numbers give one kernel (k, k); tensors (n,) give n kernels (n, k, k).  The size k is
     2 radius + 1, where the radius is length / 2 + 3 sigma of the largest streak, rounded up.
     """
@@ -153,29 +155,31 @@ def streak_kernel(
     x = arange(-radius, radius + 1)
     y = x[:, None]  # grows downwards, as the rows of an image do
 
-    # The position of each pixel, measured along the streak and across it.  (sin, erf and exp are
-    # those of torch; cos and sqrt without torch are those of Python's math, for plain numbers.)
+    # The position of each pixel, measured along the streak and across it: the axes are rotated.
+    # (In this file sin, erf and exp are those of torch.  cos and sqrt are those of Python's math,
+    # for plain numbers, so here it is torch.cos.)
     along = x * sin(angle) - y * torch.cos(angle)
     across = x * torch.cos(angle) + y * sin(angle)
 
     # A blurred line is a Gaussian across.  Along, it is a box whose two ends the Gaussian softens.
     # erf is the integral of a Gaussian: it rises from -1 to 1 around 0.  Each erf is one soft end.
-    blur = sqrt(2) * sigma
+    blur = sqrt(2) * sigma  # exp(-(x / blur)^2) has this sigma; erf needs the same factor
     gaussian = exp(-((across / blur) ** 2))
     box = erf((half - along) / blur) + erf((half + along) / blur)
-    return gaussian * box / (2 * erf(half / blur))  # 1 at the centre
+    # At the centre, where along = 0, each erf is erf(half / blur).  Divided by both, it is 1 there.
+    return gaussian * box / (2 * erf(half / blur))
 
 
 def streak_seeds(noise: Tensor, quantity: Tensor) -> Tensor:
     """Turn uniform noise into seeds: a streak's brightness at its centre, 0 elsewhere.
 
     noise: (n, h, w) in [0, 1).  quantity: (n,), the expected seeds per 10,000 pixels.
-    A pixel becomes a seed if its noise is above 1 - quantity / 10,000.  The noise of the seeds is
-    uniform above this threshold, so it also serves to draw their brightness: the threshold itself
-    becomes the lower end of STREAK_PEAK, and 1 becomes the upper end.
+    A pixel becomes a seed if its noise is above the threshold 1 - quantity / 10,000.  Among the
+    seeds, the noise is uniform from this threshold to 1.  So it also gives their brightness: it is
+    stretched to STREAK_PEAK, the threshold to the lower end, 1 to the upper end.
     """
     share = (quantity / 10_000)[:, None, None]
-    above = (noise - (1 - share)) / share  # in [0, 1) for seeds, negative elsewhere
+    above = (noise - (1 - share)) / share  # between 0 and 1 for seeds, 0 or less elsewhere
     low, high = STREAK_PEAK
     return where(above > 0, low + (high - low) * above, 0)
 
@@ -185,9 +189,8 @@ def rain_layers(n: int, size: int | tuple, rain_range: RainRange, rng: Generator
 
     Streaks that overlap add up, to at most 1.  The noise covers a canvas that is larger than the
     image, so that streaks also enter from outside: its sides are h + k - 1 and w + k - 1 for a
-    kernel of k x k pixels, rounded up to multiples of 16.  A seed at (y, x) of the canvas places
-    its kernel on rows y - k + 1 to y and columns x - k + 1 to x of the image: the image begins
-    k - 1 rows and columns after the place where the kernel of seed (0, 0) begins.
+    kernel of k x k pixels, rounded up to multiples of 16.  A seed at (y, x) of the canvas puts the
+    lower right corner of its kernel at pixel (y, x) of the image.
     Order of the random draws: n quantities, n widths, n lengths, n directions; n sides if
     either_side; then rng.random((n, *canvas), dtype=np.float32).
     """
@@ -196,6 +199,7 @@ def rain_layers(n: int, size: int | tuple, rain_range: RainRange, rng: Generator
     factors = np.stack([rng.uniform(low, high, n) for low, high in rain_range[:4]])
     if rain_range.either_side:  # factors[3] are the directions
         factors[3] *= rng.choice([-1, 1], n)
+    # streaks: the widths, lengths and directions.
     quantity, *streaks = from_numpy(factors).float()
 
     kernel = streak_kernel(*streaks)  # (n, k, k)
@@ -213,6 +217,7 @@ def rain_layers(n: int, size: int | tuple, rain_range: RainRange, rng: Generator
 
     # The transform treats the canvas as if its opposite edges were joined.  The first `margin` rows
     # and columns hold parts of streaks that came in from the opposite edge, so they are cut off.
+    # Sums may be above 1, and the transform rounds, so that a little may be below 0: hence clamp.
     return rain[..., margin : margin + height, margin : margin + width].clamp(0, 1)
 
 
@@ -224,8 +229,8 @@ def add_rain(background: Tensor, rain: Tensor) -> Tensor:
 def rain_degradation(rain_range: RainRange) -> Callable:
     """Return a function degrade(clean, rng) that adds rain of this range to images (n, 3, h, w).
 
-    Training and evaluation use only this function.  Noise or blur can take the place of rain if
-    they are written as such a function.
+    Training and tests make their rain through such a function alone.  So noise or blur can take
+    its place.
     """
 
     def degrade(clean, rng):
@@ -238,7 +243,7 @@ def rain_degradation(rain_range: RainRange) -> Callable:
 #
 # A network learns from small patches of clean images.  The paper varies two things about them: how
 # many there are, and how sharp they are.  More patches are harder to learn.  So are sharper ones,
-# as they have more detail.  Photographs serve best.  Where none are given, drawn faces are used.
+# as they have more detail.  Where no photographs are given, faces are drawn.
 
 PATCH = 40  # side of a training patch, in pixels
 MANY = 1024  # backgrounds in the usual training
@@ -256,10 +261,10 @@ def draw_face(size: int, rng: Generator) -> np.ndarray:
     wide = rng.uniform(0.46, 0.56)
 
     # From back to front: colour, then the oval's centre (x, y), radii and softness.  The middle of
-    # the image is (0, 0), its lower right corner (1, 1).  An oval whose x is not 0 is drawn twice,
-    # at the right and mirrored at the left.
+    # the face is (0, 0), and half the image is 1.  An oval whose x is not 0 is drawn twice, at the
+    # right and mirrored at the left.  All numbers were chosen by eye; skip them on first reading.
     ovals = (
-        (rng.uniform(0.2, 0.9, 3), 0, 0, 9, 9, 0),  # backdrop
+        (rng.uniform(0.2, 0.9, 3), 0, 0, 9, 9, 0),  # backdrop, larger than the image
         (hair, 0, 0.02, wide + 0.14, rng.uniform(0.75, 1), 0.06),
         (rng.uniform(0.1, 0.9, 3), 0, 1.25, 0.95, 0.45, 0.03),  # clothes
         (0.82 * skin, 0, 0.70, 0.24, 0.45, 0.04),  # neck
@@ -279,7 +284,8 @@ def draw_face(size: int, rng: Generator) -> np.ndarray:
         # The distance from the centre, in radii: 1 on the outline.
         radii = np.hypot((abs(x) - centre_x) / radius_x, (y - centre_y) / radius_y)
         distance = (radii - 1) * min(radius_x, radius_y)  # from the outline, negative inside
-        # From 1 inside to 0 outside, over 3 half-pixels at least: how much the oval covers a pixel.
+        # How much the oval covers a pixel: from 1 inside to 0 outside, over 1.5 pixels at least (a
+        # pixel is 2 / size).  Where it is 1, the colour replaces the image; where 0, it does not.
         coverage = (0.5 - distance / (softness + 3 / size)).clip(0, 1)
         image += coverage * (colour[:, None, None] * light - image)
     return image.clip(0, 1)
@@ -305,8 +311,9 @@ def sample_patches(images: list, n: int, size: int, rng: Generator) -> Tensor:
 def sharpness(patches: Tensor) -> Tensor:
     """Return the sharpness (n,) of patches (n, 3, h, w): their mean gradient magnitude, per pixel.
 
-    The gradient consists of the differences to the pixel below and to the pixel at the right, of
-    the mean of the three channels, wherever both exist.  (After the paper, Fig. 5.)
+    The three channels are averaged first.  The gradient of a pixel is then the pair of differences
+    to the pixel below and to the pixel at the right.  Pixels that lack one of these two (the last
+    row and column) are left out.  (After the paper, Fig. 5.)
     """
     grey = patches.mean(1)
     down = grey.diff(dim=1)[:, :, :-1]
@@ -322,17 +329,19 @@ def training_patches(images: list, n: int, seed: int, third: str = "any") -> Ten
     one with n = 1,024 (up to MANY).  Raises BadInput if they would take more than 1 GB.
     """
     rng = stream(seed, "patches")
-    # With "any", MANY are cut even if fewer are needed: fewer would be drawn at other places.
+    # With "any", MANY are cut even if fewer are needed.  The order of the images is drawn before
+    # the places, and its length depends on the count; so a smaller count would give other places.
     count = max(n, MANY) if third == "any" else 3 * n
     if count > 52_000:  # of 3 * 40 * 40 numbers of 4 bytes
         raise BadInput(f"{n:,} backgrounds take more than 1 GB of memory; give fewer")
     patches = sample_patches(images, count, PATCH, rng)
     if third != "any":
+        # Sort them, the wanted third first.
         patches = patches[sharpness(patches).argsort(descending=third == "high")]
     return patches[:n]
 
 
-# ---- 3  Networks: does the architecture matter? -------------------------------------------------
+# ---- 3  Networks: which architectures are compared? ---------------------------------------------
 #
 # Three networks of different kinds: plain convolutions, convolutions at several resolutions, and
 # attention.  Each takes degraded images (n, 3, h, w) of any size and returns restored ones.  Each
@@ -425,15 +434,16 @@ class UNet(Module):
         return crop(image + self.tail(fine), degraded)
 
 
-# SwinIR is built on attention.  In attention, each pixel gives every other pixel a score: how well
-# the two match.  A softmax turns the scores into weights that sum to 1.  Then the pixel
-# collects the features of the others, by these weights.  To look at all pixels of an image would
-# cost too much, so each looks only at those of its own window, here of 8 x 8 pixels.
+# SwinIR is built on attention.  In attention, each pixel gives every pixel a score: how well the
+# two match.  A softmax turns the scores into weights that sum to 1.  The pixel's new features are
+# the weighted sum of the features of all pixels.  To look at all pixels of an image would cost too
+# much, so each looks only at those of its own window, here of 8 x 8 pixels.
 #
-# Alone, this would never let anything cross the border of a window.  So every second block shifts
-# the windows by half their side.  The trick is to move the image instead: it is rolled up and to
-# the left, what leaves at one edge comes in at the opposite edge, and the windows stay.  Rows of an
-# image of 8 rows, numbered, with windows of 4:
+# Alone, this would never let anything cross the border of a window.  So the network repeats
+# attention in several blocks, and every second block shifts the windows by half their side.  The
+# trick is to move the image instead: it is rolled up and to the left, what leaves at one edge comes
+# in at the opposite edge, and the windows stay.  An example, with the 8 rows of an image in windows
+# of 4:
 #
 #     plain:    [0 1 2 3] [4 5 6 7]
 #     rolled:   [2 3 4 5] [6 7|0 1]      6, 7 and 0, 1 now share a window
@@ -443,7 +453,7 @@ class UNet(Module):
 
 
 def to_windows(image: Tensor, window: int) -> Tensor:
-    """Cut images (n, h, w, c) into windows (n * windows of an image, window * window, c).
+    """Cut n images (n, h, w, c) into m windows each: (n * m, window * window, c).
 
     Windows follow each other row by row, and so do the pixels within a window.  Note that the
     channels come last here.  h and w must be multiples of `window`.
@@ -475,8 +485,11 @@ def shift_mask(h: int, w: int, window: int) -> Tensor:
         return arange(side) >= side - window // 2
 
     # Two pixels may see each other if both or none of their rows came in, and the same of columns.
-    region = 2 * rolled_in(h)[:, None] + rolled_in(w)  # (h, w), a number for each combination
+    # So each pixel gets a number from 0 to 3: which of the two, its row and its column, came in.
+    region = 2 * rolled_in(h)[:, None] + rolled_in(w)  # (h, w)
+    # to_windows needs an axis of images and one of channels.
     region = to_windows(region[None, :, :, None], window)[..., 0]  # (windows, window * window)
+    # Compare each pixel of a window with each other one.
     return where(region[:, :, None] == region[:, None], 0.0, -100.0)
 
 
@@ -484,16 +497,19 @@ class WindowAttention(Module):
     """Multi-head attention within windows, with a relative position bias (Liu et al. 2021).
 
     Each pixel makes three vectors: a query (what it looks for), a key (what it offers to others)
-    and a value (what it passes on).  The score of two pixels is the product of one's query and the
-    other's key, divided by the root of how many numbers each has, plus a bias, plus the mask.
-    Each head does this with its own part of the channels.  The linear layer `qkv` makes all
-    queries, then all keys, then all values; within each, the heads lie side by side.
+    and a value (what it passes on).  The score of two pixels is the dot product of one's query and
+    the other's key, divided by the square root of their length, plus a bias, plus the mask.
+    The channels are divided among several heads; each head does all this with its own part.  The
+    linear layer `qkv` makes all queries, then all keys, then all values; within each, the heads lie
+    side by side.
 
     The bias depends only on how far, and in which direction, one pixel lies from the other.  In a
     window of 8, this offset runs from -7 to 7 down and from -7 to 7 to the right.  So a head needs
-    only a table of 15 x 15 learned numbers for all 64 x 64 pairs of pixels:
+    only a list of 15 x 15 learned numbers for all 64 x 64 pairs of pixels:
 
-        row of the table = (down + 7) * 15 + (right + 7)
+        place in the list = (down + 7) * 15 + (right + 7)
+
+    The lists of all heads are the columns of a table with 225 rows, position_bias.
     """
 
     def __init__(self, dim, heads, window):
@@ -501,13 +517,15 @@ class WindowAttention(Module):
         self.heads = heads
         self.qkv = Linear(dim, 3 * dim)
         self.project = Linear(dim, dim)
-        side = 2 * window - 1  # of the table
+        side = 2 * window - 1  # 15 in a window of 8
         self.position_bias = Parameter(torch.zeros(side * side, heads))
 
-        # Which row of the table belongs to pixels i and j: (n, n).  A buffer moves to a GPU with
-        # the network; it is not trained, and (persistent=False) not saved.
+        # Which row of the table belongs to pixels i and j: (n, n), where n = window * window.  A
+        # buffer moves to a GPU with the network; it is not trained, and (persistent=False) not
+        # saved.
         place = torch.cartesian_prod(arange(window), arange(window))  # (n, 2): row, column
-        offset = place[:, None] - place + window - 1  # (n, n, 2): from pixel j to pixel i
+        # (n, n, 2): from pixel j to pixel i, plus 7 (in a window of 8), so that it is not negative.
+        offset = place[:, None] - place + window - 1
         self.register_buffer("table_row", offset[..., 0] * side + offset[..., 1], persistent=False)
 
     def forward(self, windows, mask):
@@ -519,7 +537,8 @@ class WindowAttention(Module):
         qkv = self.qkv(windows).view(b, n, 3, self.heads, c // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, n, c / heads)
 
-        scores = query @ key.mT / sqrt(c // self.heads)  # (b, heads, n, n)
+        # mT swaps the last two axes, so that every query meets every key: (b, heads, n, n).
+        scores = query @ key.mT / sqrt(c // self.heads)
         scores = scores + self.position_bias[self.table_row].permute(2, 0, 1)
         if mask is not None:
             # The masks of one image are repeated for every image.
@@ -532,9 +551,9 @@ class SwinBlock(Module):
     """Attention within windows, then a perceptron for each pixel (Liu et al. 2021).
 
     Each of the two normalizes its input first (LayerNorm: over the channels of each pixel), and
-    adds its output to its input.  The perceptron is two linear layers with a GELU, a smooth ReLU,
-    between them.  With a shift (half a window), the image is rolled before it is cut into windows,
-    and rolled back after.
+    adds its output to its input.  The perceptron (MLP) is two linear layers with a GELU, a smooth
+    ReLU, between them.  With a shift (half a window), the image is rolled before it is cut into
+    windows, and rolled back after.
     """
 
     def __init__(self, dim, heads, window, shift, hidden):
@@ -565,6 +584,7 @@ class SwinGroup(Module):
         super().__init__()
         self.blocks = Sequential()
         for i in range(depth):
+            # The shift is 0 in the first block, half a window in the second, and so on.
             self.blocks.append(SwinBlock(dim, heads, window, i % 2 * (window // 2), hidden))
         self.conv = conv3x3(dim, dim)
 
@@ -577,9 +597,9 @@ class SwinIR(Module):
     """SwinIR (Liang et al. 2021): groups of Swin blocks between convolutions.
 
     It computes what the published network computes for denoising, where the output has the size of
-    the input.  The arguments have
-    the published names: channels, blocks and heads of each group, side of a window, and how many
-    times wider than the channels the perceptrons are.
+    the input.  The arguments have the published names.  embed_dim: channels.  depths, num_heads:
+    blocks and heads of each group.  window_size: side of a window.  mlp_ratio: how many times wider
+    than the channels the perceptrons are.
     """
 
     def __init__(
@@ -603,7 +623,7 @@ class SwinIR(Module):
         self.last = conv3x3(embed_dim, 3)
 
     def forward(self, degraded):
-        # The mean of the photographs (DIV2K) that the published network was trained on.
+        # The mean colour of DIV2K, a set of photographs.  The published code takes it off, too.
         mean = torch.tensor([0.4488, 0.4371, 0.4040], device=degraded.device).view(3, 1, 1)
         image = pad_to_multiple(degraded, self.window)
 
@@ -623,8 +643,8 @@ def build_network(make: type[Module], seed: int = 0, **arguments) -> Module:
     with torch.random.fork_rng(devices=[]):  # torch's own random state stays as it was
         torch.manual_seed(seed)
         network = make(**arguments)
-    # In channels-last memory, the channels of a pixel lie side by side, not a channel's pixels.
-    # Convolutions on a CPU are faster this way.
+    # In channels-last memory, all channels of one pixel come together.  (Usually, all pixels of one
+    # channel do.)  Convolutions on a CPU are faster this way.
     return network.to(memory_format=torch.channels_last)
 
 
@@ -636,9 +656,9 @@ def build_network(make: type[Module], seed: int = 0, **arguments) -> Module:
 #
 #     r = rainy - clean          d = output - clean
 #
-# If half of the rain is left and nothing else was changed, then d = 0.5 r.  So we draw each pixel
-# as a point (r, d), and fit a straight line to all points.  Its slope is the rain that is left.
-# What slope * r does not explain is damage.
+# If half of the rain is left and nothing else was changed, then d = 0.5 r.  So we draw each value
+# (of a pixel, in a channel) as a point (r, d), and fit a straight line to all points.  Its slope is
+# the rain that is left.  What slope * r does not explain is damage.
 #
 #      d |                 .  /
 #        |             . .  /  .         slope = rain_left / 100
@@ -646,8 +666,10 @@ def build_network(make: type[Module], seed: int = 0, **arguments) -> Module:
 #        |     .  .  /  .
 #        |___.__/_._____________ r
 #
-# The fit has an intercept: the mean of r is taken off.  Without that, an output that is only darker
-# would seem to have less rain.  Its darkness counts as damage instead.
+# The line need not go through (0, 0): in each image it may lie higher or lower, only the slope is
+# the same for all.  (In the formula for the slope, to take off each image's mean of r does just
+# that.)  A line through (0, 0) would take an output that is only darker for one with less rain.
+# Damage is measured from slope * r, without that height, so a change of brightness is damage.
 #
 # The two are read together.  No single number can stand alone: a constant image has little rain
 # left, and the damage tells why.  The paper's own measures split the pixels instead.  E_R asks how
@@ -657,10 +679,10 @@ RAIN_THRESHOLD = 4 / 255  # a pixel counts as wet if rain changed it by more tha
 
 
 def rain_mask(rainy: Tensor, clean: Tensor) -> Tensor:
-    """Return M (n, 1, h, w), the wet pixels: where |rainy - clean| > RAIN_THRESHOLD in a channel.
+    """Return M (n, 1, h, w), the wet pixels: |rainy - clean| > RAIN_THRESHOLD in any channel.
 
-    A tolerance of 1e-6 is added to the threshold, so that a difference of exactly 4 grey levels
-    does not become wet when files of 8 bits are divided by 255.
+    A tolerance of 1e-6 is added to the threshold, as 4 / 255 is rounded.  So a difference of
+    exactly 4 grey levels stays dry.
     """
     difference = (rainy - clean).abs().amax(1, keepdim=True)
     return difference > RAIN_THRESHOLD + 1e-6
@@ -669,7 +691,8 @@ def rain_mask(rainy: Tensor, clean: Tensor) -> Tensor:
 def decoupled_sums(output, rainy, clean):
     """Return the sums over one image (3, h, w) that decoupled_measures needs.
 
-    Sums of several images can be added, so a set of images need not be in memory at once.
+    Sums of several images can be added, so a set of images need not be in memory at once.  (Read
+    decoupled_evaluation, below, first: it says what is measured.)
     """
     r = (rainy - clean).double()
     d = (output - clean).double()
@@ -677,7 +700,7 @@ def decoupled_sums(output, rainy, clean):
     wet = rain_mask(rainy[None], clean[None])[0].expand_as(clean)
 
     sums = {
-        "all": r == r,  # True everywhere: counts all values
+        "all": r == r,  # True everywhere; its sum is the number of values
         "wet": wet,
         "pattern * pattern": pattern * pattern,
         "pattern * d": pattern * d,
@@ -696,9 +719,11 @@ def decoupled_measures(parts):
     decoupled_evaluation, below, says what they mean.
     """
     sums = {name: sum(part[name] for part in parts) for name in parts[0]}
+    # Is there rain, and does it vary?  What is below 1e-12 is an error of rounding.
     rain = sums["wet"] > 0 and sums["pattern * pattern"] > 1e-12 * sums["all"]
     slope = sums["pattern * d"] / sums["pattern * pattern"] if rain else 0
-    rest = sums["d * d"] - 2 * slope * sums["r * d"] + slope**2 * sums["r * r"]  # (d - slope r)^2
+    # The sum of (d - slope * r)^2, multiplied out.  Rounding may make it slightly negative.
+    rest = sums["d * d"] - 2 * slope * sums["r * d"] + slope**2 * sums["r * r"]
 
     def rms(squares, count):
         return 255 * sqrt(max(squares, 0) / count) if count else nan
@@ -756,8 +781,9 @@ def ssim(output: Tensor, clean: Tensor) -> float:
     """Return the structural similarity of images (n, 3, h, w) in [0, 1] (Wang et al. 2004).
 
     It compares local brightness, contrast and pattern, and is 1 for equal images.
-    Means m, variances v and the covariance c are those of the pixels under a window of 11 x 11 with
-    Gaussian weights of sigma 1.5 and sum 1.  With C1 = 0.01^2 and C2 = 0.03^2, the similarity is
+    x is the output, y the clean image.  Means m, variances v and the covariance c are those of the
+    pixels under a window of 11 x 11 with Gaussian weights of sigma 1.5 and sum 1.  With C1 = 0.01^2
+    and C2 = 0.03^2, the similarity is
         (2 m_x m_y + C1) (2 c + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2)),
     in each channel, averaged over all places where the window fits, and over the images.
     Raises ValueError if the shapes differ, or if an image is smaller than the window.
@@ -785,11 +811,11 @@ def ssim(output: Tensor, clean: Tensor) -> float:
 
 
 def opening(images: Tensor, size: int = 5) -> Tensor:
-    """Return the morphological opening of images (n, 3, h, w): what networks are compared with.
+    """Return the morphological opening of images (n, 3, h, w), a filter.
 
-    It replaces each pixel by the smallest value in a square around it, then by the largest of
-    these.  Whatever is bright and thinner than `size` pixels disappears; `size` must be odd.  It
-    was never trained, so no rain is unseen to it.
+    All networks are compared with it.  It replaces each pixel by the smallest value in a
+    square around it, then by the largest of these.  Whatever is bright and thinner than `size`
+    pixels disappears; `size` must be odd.  It was never trained, so no rain is unseen to it.
     """
     # The smallest value is minus the largest of the negatives.
     smallest = -max_pool2d(-images, size, 1, size // 2)
@@ -813,10 +839,10 @@ def restore(network: Module, image: Tensor, tile: int = 512) -> Tensor:
     """Restore an image (3, h, w) of any size, tile by tile, to bound the memory.
 
     Each tile is restored together with `margin` pixels around it, which are then cut off, so that
-    its pixels see the same neighbours as in the whole image.  (VQGANPrior also normalizes over the
-    whole tile, so its result depends on the tiles a little.)
+    its pixels see the same neighbours as in the whole image.  (The VQGANPrior of section 6 also
+    normalizes and attends over the whole tile, so its result depends on the tiles a little.)
     """
-    margin = 32
+    margin = 32  # An output pixel of the three networks depends on at most 23 pixels to each side.
     output = torch.empty_like(image)
     for top in range(0, image.shape[1], tile):
         for left in range(0, image.shape[2], tile):
@@ -847,7 +873,7 @@ def make_progress(label, total):
     """Return a function report(done, note), which prints a line every few seconds.
 
     The line tells how far a job of `total` steps is, and the time that it will still take.  Without
-    a label, nothing is printed.
+    a label, nothing is printed.  (This only prints; skip it on first reading.)
     """
     begun = printed = monotonic()
 
@@ -856,7 +882,8 @@ def make_progress(label, total):
         now = monotonic()
         if label and (now - printed > 4 or done == total):
             left = (now - begun) / done * (total - done)
-            # One string with its end of line, so that lines of two threads do not mix.
+            # One string with its end of line, as two threads print in section 7, and their lines
+            # should not mix.
             print(f"{label}: {done} of {total} {note}, {left:.0f} s left\n", end="", flush=True)
             printed = now
 
@@ -878,15 +905,15 @@ def train(
     Each step draws BATCH backgrounds with replacement, mirrors each (left to right) with a chance
     of one half, degrades them, and takes a step of Adam that lowers the mean absolute error (L1).
     The learning rate is RATE times cosine_decay(step, steps), with steps counted from 0.
-    A network may bring its own loss, network.loss(degraded, clean), and its own network.rate, as
-    VQGANPrior does in section 6.
+    A network may bring its own network.loss(degraded, clean) in place of L1, and its own
+    network.rate in place of RATE, as VQGANPrior does in section 6.
     label: what progress is printed under; nothing is printed without one.
     after_step: called after each step with the number of steps done, to measure while training.
     """
     # These networks are small: a second thread gains little, and costs much when cores are busy.
     torch.set_num_threads(1)
     device = next(network.parameters()).device
-    optimizer = Adam(network.parameters(), fused=True)
+    optimizer = Adam(network.parameters(), fused=True)  # fused: all weights at once, faster
     rate = getattr(network, "rate", RATE)
     own_loss = getattr(network, "loss", None)
     report = make_progress(label, steps)
@@ -906,6 +933,7 @@ def train(
         else:
             loss = l1_loss(network(degraded), clean)
 
+        # This sets Adam's learning rate.
         optimizer.param_groups[0]["lr"] = rate * cosine_decay(step, steps)
         optimizer.zero_grad()
         loss.backward()
@@ -920,18 +948,19 @@ def train(
 
 # ---- 6  Content prior: can a network be made to draw nothing but clean images? ------------------
 #
-# Few backgrounds are one way to make a network learn images.  Another is a network that knows
-# nothing but clean images: a VQGAN (Esser et al. 2021).  It is an autoencoder with a bottleneck:
+# Few backgrounds are one way to make a network learn images.  Another is a content prior: a network
+# that knows nothing but clean images.  Ours is a VQGAN (Esser et al. 2021; "VQ" stands for vector
+# quantization, "GAN" for a loss that we leave out).  It is an autoencoder with a bottleneck:
 #
 #     image --encoder--> latent --codebook--> codes --decoder--> image
 #
 # The encoder turns the image into a coarse grid of vectors, the latent.  Each vector is replaced by
-# the nearest entry of a fixed list, the codebook; an entry is called a code.  The decoder draws an
-# image from the codes.  All three are trained together, on clean images alone, to give the image
-# back.  So there are codes for what clean images show, and none for rain.  In our prior one vector
-# stands for 8 x 8 pixels.  A thin streak is a small part of them: it moves the vector a little,
-# often so little that the nearest code stays the same.  Where it does move the vector further, the
-# encoder has to be trained to ignore it; that is what VQGANPrior does.
+# the nearest entry of a list, the codebook; an entry is called a code.  The decoder draws an image
+# from the codes.  All three are trained together, on clean images alone, to give the image back.
+# So there are codes for what clean images show, and none for rain.  In our prior one vector stands
+# for 8 x 8 pixels.  A thin streak covers few of these pixels, so it moves the vector little.  Often
+# the nearest code stays the same.  Where it does not, the encoder has to be trained to ignore the
+# streak; that is what VQGANPrior does.
 #
 # The names of all parts are those of the published VQGAN, so that its checkpoints can be loaded.
 
@@ -939,7 +968,8 @@ def train(
 def group_norm(channels):
     """Return a normalization over groups of channels: 4 in each, or more if there are above 128.
 
-    If each channel were normalized by itself, the brightness of the patch would be lost.
+    If each channel were normalized by itself, the brightness of the patch would be lost.  Within a
+    group, the differences between channels remain, and can carry it.
     """
     return GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
@@ -947,7 +977,8 @@ def group_norm(channels):
 class ResidualBlock(Module):
     """Two convolutions, each after a normalization and a SiLU; added to the input (n, c, h, w).
 
-    If the number of channels changes, a 1 x 1 convolution adapts the input.
+    A SiLU is a smooth ReLU.  If the number of channels changes, a 1 x 1 convolution adapts the
+    input; nin_shortcut is its published name.
     """
 
     def __init__(self, inputs, outputs):
@@ -978,8 +1009,9 @@ class PixelAttention(Module):
 
     def forward(self, x):
         y = self.norm(x)
+        # Each of these is (n, h * w, c): pixels in a row, with their channels.
         query, key, value = [layer(y).flatten(2).mT for layer in (self.q, self.k, self.v)]
-        # Each is (n, h * w, c): pixels in a row, with their channels.
+        # The softmax of query @ key.mT / sqrt(c), then @ value, as in WindowAttention.
         collected = scaled_dot_product_attention(query, key, value)
         return x + self.proj_out(collected.mT.reshape(x.shape))
 
@@ -1016,11 +1048,11 @@ def middle(channels):
 
 
 class Encoder(Module):
-    """Image to latent: one level for each of `widths`, which is its number of channels.
+    """Image to latent, level by level.
 
-    widths: a list; the sides halve from each level to the next.  ch: channels of the first
-    convolution.  blocks: residual blocks of a level.  attention: whether a level has it, a list.
-    z_channels: of the latent.
+    widths: the channels of each level; the sides halve from one level to the next.  ch: channels of
+    the first convolution.  blocks: residual blocks of a level.  attention: whether a level has it,
+    a list. z_channels: of the latent.
     """
 
     def __init__(self, ch, widths, blocks, attention, z_channels):
@@ -1030,10 +1062,11 @@ class Encoder(Module):
         # Each level takes what the one before it gave.
         for inputs, width, attends in zip([ch, *widths], widths, attention):
             level = Level(inputs, width, blocks, attends)
+            # As published: pad at the right and the bottom, then halve.
             level.downsample = named(pad=ZeroPad2d((0, 1, 0, 1)), conv=Conv2d(width, width, 3, 2))
             self.down.append(level)
         self.down[-1].downsample = Identity()  # the last level keeps its size
-        self.mid = middle(width)
+        self.mid = middle(width)  # of the last level
         self.norm_out = group_norm(width)
         self.conv_out = conv3x3(width, z_channels)
 
@@ -1077,7 +1110,9 @@ class Codebook(Module):
 
     To choose the nearest code is a step function: it has no useful gradient, so the encoder in
     front of it would not learn.  The straight-through estimator pretends that the codebook was not
-    there: on the way back, the gradient of the output is handed to the input unchanged.  In code,
+    there: on the way back, the gradient of the output is handed to the input unchanged.  This is
+    not the true gradient.  It serves as long as a latent and its code are near each other: what
+    improves the image at the code then also improves it at the latent.  In code,
 
         output = latent + (quantized - latent).detach()
 
@@ -1087,7 +1122,7 @@ class Codebook(Module):
     Two problems remain.  The codes get no gradient at all, so they do not learn.  And nothing keeps
     the latents near their codes.  A loss of two terms pulls both together.
     Both terms are the squared distance of a latent and its code.  In one the code is detached, so
-    only the latent moves; in the other the latent is detached, so only the code moves, more slowly.
+    only the latent moves; in the other the latent is detached, so only the code moves.
     """
 
     def __init__(self, n_embed, embed_dim):
@@ -1102,7 +1137,7 @@ class Codebook(Module):
         that moves the codes 0.25, as in VQGAN's published code.
         """
         vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, embed_dim)
-        # The same list of codes is compared with the vectors of every row of every image.
+        # From each vector to each code: the same list of codes serves every row of every image.
         distances = torch.cdist(vectors, self.embedding.weight[None, None])  # (n, h, w, n_embed)
         indices = distances.argmin(-1)
         quantized = self.embedding(indices).permute(0, 3, 1, 2)
@@ -1119,7 +1154,10 @@ class VQGAN(Module):
     Level i has ch * ch_mult[i] channels and half the resolution of level i - 1.  There is attention
     in the levels whose side is in attn_resolutions, for images of `resolution` pixels a side: with
     256 and (16,), in the level whose features are 16 x 16.
-    n_embed codes of embed_dim numbers each.  Images are in [-1, 1] here, not in [0, 1].
+    n_embed codes of embed_dim numbers each.  quant_conv leads from z_channels to embed_dim
+    channels, post_quant_conv back.
+
+    Note: images are in [-1, 1] here, not in [0, 1].
     """
 
     def __init__(
@@ -1177,17 +1215,19 @@ def pretrain(vqgan: VQGAN, images: list, steps: int, seed: int = 0, label: str =
     network that learns to tell its images from photographs.  They make details look real.  Here
     there are neither; L1 and the loss of the codebook suffice to see what a content prior does.
 
-    For the first 30 % of the steps the codebook is left out.  Quantized from the start, the latents
-    are pulled to codes that mean nothing yet, and the network learns to draw hardly more than grey.
+    For the first 30 % of the steps the codebook is left out.  With it from the start, the latents
+    would be pulled to codes that mean nothing yet, and the network would learn to draw hardly more
+    than grey.
 
     A code moves only if it is chosen.  One that is far from all latents is never chosen, so it
     stays far and is wasted.  So a code that was not chosen for more than 30 steps is replaced by a
-    latent.  At first all codes count as such, so the first codes come from latents, too.
+    vector of the latents at hand.  `idle` counts these steps.  It starts at 31, so that at first
+    all codes are replaced.
     """
     torch.set_num_threads(1)  # as in `train`
     codes = vqgan.quantize.embedding.weight  # (n_embed, embed_dim)
     idle = torch.full(codes.shape[:1], 31, device=codes.device)  # steps since a code was chosen
-    optimizer = Adam(vqgan.parameters(), betas=(0.5, 0.9), fused=True)
+    optimizer = Adam(vqgan.parameters(), betas=(0.5, 0.9), fused=True)  # betas as published
     report = make_progress(label, steps)
 
     for step in range(steps):
@@ -1196,11 +1236,12 @@ def pretrain(vqgan: VQGAN, images: list, steps: int, seed: int = 0, label: str =
         # network from depending on one size.
         n, side = (2, 80) if step % 2 else (8, 40)
         clean = 2 * sample_patches(images, n, side, rng).to(codes.device) - 1
-        quantized = latent = vqgan.encode(clean)  # (n, embed_dim, h', w')
+        quantized = latent = vqgan.encode(clean)  # (n, embed_dim, h', w'), not quantized yet
         codebook_loss = 0
 
         if step >= 0.3 * steps:
             vectors = latent.detach().permute(0, 2, 3, 1).flatten(0, 2)  # (n h' w', embed_dim)
+            # Replace unused codes by vectors that are picked at random, each at most once.
             unused = (idle > 30).nonzero()[: len(vectors), 0]
             picked = rng.permutation(len(vectors))[: len(unused)]
             codes.data[unused] = vectors[from_numpy(picked)]  # .data: not seen by autograd
@@ -1226,14 +1267,14 @@ class VQGANPrior(Module):
     encoder is fine-tuned: it learns to find, in a degraded image, the codes of the clean one.
 
         degraded --encoder (learns)--> latent --codebook--> codes --decoder--> restored
-                                          ^                      (both frozen)
+                                          ^         (codebook and decoder: frozen)
                                           |  should be near to
                                           v
-        clean --teacher (frozen)--> latent --codebook--> codes
+           clean --teacher, codebook--> codes
 
     Gradients pass through frozen layers, and straight through the codebook, to the encoder.
-    The teacher is a copy of the encoder as it was pre-trained.  It tells the codes of the clean
-    image, which would drift if the encoder in training told them itself.
+    The teacher is a copy of the encoder as it was pre-trained.  It gives the codes of the clean
+    image.  If the learning encoder gave them, they would change while it learns.
 
     vqgan: a VQGAN, which is copied; or the arguments of one.  Images in and out are in [0, 1].
     """
@@ -1243,7 +1284,8 @@ class VQGANPrior(Module):
     def __init__(self, vqgan):
         super().__init__()
         self.vqgan = VQGAN(**vqgan) if isinstance(vqgan, dict) else deepcopy(vqgan)
-        # The encoder in two parts, the same layers as in self.vqgan.  Only these will learn.
+        # The encoder in two parts.  They are the layers of self.vqgan, not copies, so what is set
+        # here holds there: only these layers will learn.  The teacher is a copy.
         encoder = Sequential(self.vqgan.encoder, self.vqgan.quant_conv)
         self.teacher = deepcopy(encoder)
         self.requires_grad_(False)
@@ -1319,9 +1361,10 @@ def few_against_many(
     pictures = {kind: test_images(held_out, kind, seed) for kind in ("unseen", rain)}
     numbers = {"few": few, "many": many}
     networks = {name: build_network(NETWORKS[net], seed).to(device) for name in numbers}
-    points = range(steps, 0, -max(1, steps // 16))  # the steps at which to measure
+    # The steps at which to measure, counted back from the last one, which is one of them.
+    points = range(steps, 0, -max(1, steps // 16))
     rows = []
-    stopped = []  # filled when the main thread has ended its wait, also by Ctrl-C
+    stopped = []  # not empty once the training threads should end, for example after Ctrl-C
 
     def measure(name, when):
         """Append the rows of an output, as it is now, for all steps in `when`."""
@@ -1347,7 +1390,7 @@ def few_against_many(
                 patches = training_patches(training, n, seed)
                 options = (steps, seed, f"{n} backgrounds", partial(after_step, name))
                 jobs.append(pool.submit(train, networks[name], patches, degrade, *options))
-            for name in OUTPUTS[:3]:
+            for name in OUTPUTS[:3]:  # these are never trained, so they are the same at all steps
                 measure(name, points)
             for job in jobs:
                 job.result()  # waits for the thread; raises what went wrong in it
@@ -1377,7 +1420,7 @@ def figure_headline(rows: list, pictures: dict) -> Figure:
         names[output] = f"{n:,} backgrounds" if n else f"{output} (never trained)"
         axes.plot(steps, left, "o-" if n else "--", color=colour)
         label = f"  {names[output]}: {left[-1]:.0f} %"
-        # At the end of the curve of a network; at the left for an opening, whose n is 0.
+        # At the end of the curve of a network; at the left (0) for an opening, whose n is 0.
         axes.text(n and steps[-1], left[-1] + 1, label, color=colour, size=12)
     axes.axis((0, 1.3 * steps[-1], 0, 105))
 
@@ -1389,7 +1432,8 @@ def figure_headline(rows: list, pictures: dict) -> Figure:
 
 # ---- 8  Files and command line: how are images and networks read, written and used? -------------
 #
-# Nothing of the paper is in this section.  `python derain.py --help` lists the commands.
+# Nothing of the paper is in this section; you can stop reading here.  `python derain.py --help`
+# lists the commands.
 
 
 def write_file(path, content):
@@ -1409,7 +1453,7 @@ def write_file(path, content):
 
 
 def prepare_folder(file):
-    """Make the folder of a file, and try to write into it, so that no result is lost after work."""
+    """Make the folder of a file, and try to write into it now, not after hours of training."""
     folder = file.parent
     if file.is_dir():
         raise BadInput(f"{file} is a folder; give the name of a file")
@@ -1428,6 +1472,7 @@ def write_table(path, rows):
     for row in rows:
         # Only NaN differs from itself.
         table.writerow("" if cell != cell else cell for cell in row.values())
+    # surrogateescape: names of files may be no text.
     write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
@@ -1449,7 +1494,7 @@ def save_figure(figure, rows, path):
 
 
 def each(work, items, label=""):
-    """Return work(item) of all items; where that raises BadInput, say so in one line and go on.
+    """Return work(item) of all items; where it raises BadInput, print that in one line and go on.
 
     Raises BadInput if nothing is left.
     """
@@ -1558,7 +1603,8 @@ def save_checkpoint(path: Path, network: Module, net: str, arguments: dict):
 
 def with_weights(make, arguments, weights):
     """Return make(**arguments) with these weights; raises an exception if they do not fit."""
-    with torch.device("meta"):  # a trial without memory, so that a wrong size costs none
+    # First a trial, with weights that take no memory: it fails at once if the sizes are wrong.
+    with torch.device("meta"):
         make(**arguments).load_state_dict(weights, assign=True)
     network = build_network(make, **arguments)
     network.load_state_dict(weights)
@@ -1586,7 +1632,8 @@ def load_checkpoint(path: Path) -> Module:
 class Placeholder:
     """Stands for whatever a checkpoint names that is no tensor and no plain container.
 
-    load_vqgan, below, uses it.  Python's unpickler calls both methods, which do nothing.
+    load_vqgan, below, uses it.  The unpickler, which loads Python's saved objects, calls both
+    methods; they do nothing.
     """
 
     def __init__(self, *arguments):
@@ -1743,8 +1790,8 @@ def find_pairs(rainy_folder, clean_folder):
 
     rainy = keys(rainy_folder)
     clean = keys(clean_folder)
-    # Where one folder lies within the other, its files belong to it alone, not to the outer folder,
-    # which has more files.
+    # Where one folder lies within the other, the outer one lists the files of both.  It has more,
+    # and those of the inner one are taken off.
     outer = max(rainy, clean, key=len)
     for file in rainy.keys() & clean.keys():
         del outer[file]
@@ -1793,6 +1840,7 @@ def run_evaluate(models, rainy, clean, device, output):
             measures = decoupled_evaluation(output, rainy, clean)
             sums = decoupled_sums(output[0], rainy[0], clean[0])
             rows.append({**about, **measures, "sums": sums})
+        # Whether there is rain is the same for every output.
         if isnan(measures["rain_left"]):
             print(f"no rain in {file}: left out of rain_left, damage and E_R")
         return rows
@@ -1810,8 +1858,9 @@ def run_evaluate(models, rainy, clean, device, output):
 def row_of_all(rows):
     """Return the measures of one output over all pairs, from its row for each.
 
-    The sums of all pairs are pooled, as if they were one set.  PSNR and SSIM are means over pairs;
-    the infinite PSNR of an output that equals the clean image is left out and reported.
+    The sums of all pairs with rain are pooled, as if they were one set; for E_B, those of all
+    pairs.  PSNR and SSIM are means over pairs; the infinite PSNR of an output that equals the clean
+    image is left out and reported.
     """
     name = rows[0]["output"]
     sums = [row["sums"] for row in rows]
@@ -1845,7 +1894,7 @@ def add(parser, names, help, type=Path, **more):
 def options(steps=None, rain=None):
     """Return the options that commands share.
 
-    With steps, there are those of training; with rain, those of its recipe, too.
+    With steps, there are those of training; with rain, also the network and its rain.
     """
     parser = ArgumentParser(add_help=False)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
