@@ -600,7 +600,8 @@ def claim_lines(table, name, claim, panels, seeds):
     runs = sorted(run for run in runs_of(claim) if whole(table, [run], seeds))
     last = max(run.steps for run in runs)
     columns |= {(test, last) for test in ("unseen", *GROUP, "dry")}
-    numbers = number_lines(table, runs, sorted(columns), seeds)
+    columns = sorted(columns, key=lambda column: (column[0] in GROUP, column))
+    numbers = number_lines(table, runs, columns, seeds)
     heading = f"\n## {name}: {claim.statement}"
     verdicts = table_lines(rows) if panels else []
     return [heading, NOTES.get(name, ""), *verdicts, *numbers]
@@ -621,7 +622,7 @@ def figure_verdicts(results):
     axes.set_yticks(range(len(results)), results)
     axes.invert_yaxis()
     axes.set(
-        title="The claim holds above 0.  Blue: reproduced, red: opposite, grey: undecided",
+        title="The claim holds right of 0.  Blue: reproduced, orange: opposite, grey: undecided",
         xlabel="mean contrast and its 95 % interval, in % of the rain or in dB",
         xscale="symlog",
     )
