@@ -191,8 +191,8 @@ def rain_layers(n: int, size: int | tuple, rain_range: RainRange, rng: Generator
     image, so that streaks also enter from outside: its sides are h + k - 1 and w + k - 1 for a
     kernel of k x k pixels, rounded up to multiples of 16.  A seed at (y, x) of the canvas puts the
     lower right corner of its kernel at pixel (y, x) of the image.
-    Order of the random draws: n quantities, n widths, n lengths, n directions; n sides if
-    either_side; then rng.random((n, *canvas), dtype=np.float32).
+    Order of the random draws: n quantities, n widths, n lengths, n directions; rng.choice([-1, 1],
+    n) if either_side, by which the directions are multiplied; rng.random((n, *canvas), np.float32).
     """
     height, width = (size, size) if isinstance(size, int) else size
 
@@ -294,7 +294,8 @@ def draw_face(size: int, rng: Generator) -> np.ndarray:
 def sample_patches(images: list, n: int, size: int, rng: Generator) -> Tensor:
     """Cut n patches (n, 3, size, size) out of images (3, h, w), at random places.
 
-    Every image is used once before any is used twice.  Raises ValueError (in rng.integers) if an
+    All places in an image are equally likely.  The images are taken in random order, and every one
+    is used once before any is used twice.  Raises ValueError (in rng.integers) if an
     image is smaller than a patch.
     """
     order = [rng.permutation(len(images)) for _ in range(ceil(n / len(images)))]
@@ -326,7 +327,8 @@ def training_patches(images: list, n: int, seed: int, third: str = "any") -> Ten
 
     third: "any" takes patches as they come.  "low" cuts 3 n patches and keeps the least sharp
     third, "high" the sharpest third.  With "any", a training with n = 8 uses the first 8 patches of
-    one with n = 1,024 (up to MANY).  Raises BadInput if they would take more than 1 GB.
+    one with n = 1,024 (up to MANY).  Raises BadInput if the patches that are cut (also those
+    that are not kept) would take more than 1 GB.
     """
     rng = stream(seed, "patches")
     # With "any", MANY are cut even if fewer are needed.  The order of the images is drawn before
@@ -359,8 +361,8 @@ conv1x1 = partial(Conv2d, kernel_size=1)
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Enlarge images (n, c, h, w) at the bottom and right until both sides are multiples.
 
-    The new pixels are a reflection of the image.  Where an image is too small to be reflected, they
-    repeat its last row and column.
+    The new pixels are a reflection of the image, which does not repeat the row or column at its
+    edge.  If the image is too small for this on either side, they repeat its last row and column.
     """
     height, width = images.shape[-2:]
     bottom = -height % multiple  # what is missing to the next multiple
@@ -456,7 +458,8 @@ def to_windows(image: Tensor, window: int) -> Tensor:
     """Cut n images (n, h, w, c) into m windows each: (n * m, window * window, c).
 
     Windows follow each other row by row, and so do the pixels within a window.  Note that the
-    channels come last here.  h and w must be multiples of `window`.
+    channels come last here.  h and w must be multiples of `window`.  Images may be of any type, as
+    shift_mask cuts one of whole numbers.
     """
     n, h, w, c = image.shape
     cut = image.view(n, h // window, window, w // window, window, c)
@@ -477,7 +480,8 @@ def shift_mask(h: int, w: int, window: int) -> Tensor:
 
     The image was rolled up and to the left by window // 2.  The mask has the shape (windows,
     window * window, window * window); windows are those of to_windows.  It is -100 for two pixels
-    of one window that lie at opposite edges of the image, and 0 for all others.
+    of one window if the row of one of them came in from the opposite edge and that of the other did
+    not, or the same of their columns.  It is 0 for all others.
     """
 
     def rolled_in(side):
@@ -681,8 +685,8 @@ RAIN_THRESHOLD = 4 / 255  # a pixel counts as wet if rain changed it by more tha
 def rain_mask(rainy: Tensor, clean: Tensor) -> Tensor:
     """Return M (n, 1, h, w), the wet pixels: |rainy - clean| > RAIN_THRESHOLD in any channel.
 
-    A tolerance of 1e-6 is added to the threshold, as 4 / 255 is rounded.  So a difference of
-    exactly 4 grey levels stays dry.
+    M is boolean.  A tolerance of 1e-6 is added to the threshold, as 4 / 255 is rounded.  So a
+    difference of exactly 4 grey levels stays dry.
     """
     difference = (rainy - clean).abs().amax(1, keepdim=True)
     return difference > RAIN_THRESHOLD + 1e-6
@@ -903,7 +907,8 @@ def train(
 
     backgrounds: clean patches (n, 3, h, w) in [0, 1].
     Each step draws BATCH backgrounds with replacement, mirrors each (left to right) with a chance
-    of one half, degrades them, and takes a step of Adam that lowers the mean absolute error (L1).
+    of one half, degrades them by one call degrade(clean, rng), and takes a step of Adam that lowers
+    the mean absolute error (L1).  The global random generators are neither used nor set.
     The learning rate is RATE times cosine_decay(step, steps), with steps counted from 0.
     A network may bring its own network.loss(degraded, clean) in place of L1, and its own
     network.rate in place of RATE, as VQGANPrior does in section 6.
@@ -1297,7 +1302,10 @@ class VQGANPrior(Module):
         return 2 * pad_to_multiple(image, 2 ** (len(self.vqgan.encoder.down) - 1)) - 1
 
     def draw(self, latent, shape):
-        """Return what the decoder draws from the codes nearest to a latent, cut to a shape."""
+        """Return what the decoder draws from the codes nearest to a latent, cut to a shape.
+
+        The image (n, 3, h, w) is for [0, 1], but is not limited to it; `predict` does that.
+        """
         quantized, _, _ = self.vqgan.quantize(latent)
         return (self.vqgan.decode(quantized)[..., : shape[2], : shape[3]] + 1) / 2
 

@@ -7,6 +7,8 @@ are not stored: each is a hash of its index, and of its rank among the sorted pu
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.autograd import grad
 from torch.nn import Module, Parameter
 
 DATA = Path(__file__).parent / "data"
@@ -28,6 +30,16 @@ PUBLISHED = {
     "after_groups": "conv_after_body",
     "last": "conv_last",
 }
+
+
+def agree(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    """Check that two results are equal, and that they depend on the inputs in the same way."""
+
+    def gradient(output):
+        return torch.cat([part.flatten() for part in grad(output.square().sum(), inputs)])
+
+    for one, other in ((found, expected), (gradient(found), gradient(expected))):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
 
 
 def swinir_names(module: Module) -> dict[str, Parameter]:

@@ -101,8 +101,9 @@ def pytest_configure(config):
     for mark in MARKS:
         config.addinivalue_line("markers", f"{mark}: tests that grade this assignment")
     file = config.getoption("--module")
-    if not file:
+    if not file and config.option.markexpr not in MARKS:
         return
+    file = file or Path(__file__).resolve().parent.parent / "derain.py"
     if not Path(file).is_file():
         raise pytest.UsageError(f"--module {file}: no such file")
     config.option.continue_on_collection_errors = True  # of tests that grade something else
@@ -142,6 +143,13 @@ def pytest_runtest_makereport(item, call):
     if call.excinfo and BLANK in str(call.excinfo.value):
         report.longrepr = f"{item.name}: {str(call.excinfo.value).splitlines()[0]}"
     return report
+
+
+def pytest_sessionfinish(session):
+    """A test that is skipped, as a student's function may ask, is not passed."""
+    passed = getattr(session.config, "passed", {})
+    if not all(passed.get(item, True) for item in session.items):
+        session.exitstatus = 1
 
 
 def pytest_unconfigure(config):

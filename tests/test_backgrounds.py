@@ -12,12 +12,6 @@ import derain
 graded = pytest.mark.backgrounds
 
 
-def test_faces_differ():
-    faces = np.stack([derain.draw_face(33, np.random.default_rng(seed)) for seed in range(6)])
-    assert faces.shape == (6, 3, 33, 33) and 0 <= faces.min() and faces.max() <= 1
-    assert faces.std(0).mean() > 0.1
-
-
 @graded
 def test_sharpness_against_a_loop(rng):
     patches = torch.from_numpy(rng.random((2, 3, 6, 8), dtype=np.float32))
@@ -33,13 +27,13 @@ def test_sharpness_against_a_loop(rng):
 
 @graded
 def test_patches_come_from_the_images_evenly(rng):
-    images = [torch.full((3, 50, 60), float(i)) for i in range(5)]
+    images = [torch.full((3, 44 + 9 * i, 80 - 9 * i), float(i)) for i in range(5)]
     patches = derain.sample_patches(images, 12, 40, rng)
     assert sorted(patches[:, 0, 0, 0].int().bincount()) == [2, 2, 2, 3, 3]
     first = {derain.sample_patches(images, 1, 9, rng).mean().item() for _ in range(20)}
     assert len(first) > 2  # few patches, too, come from any image
     with pytest.raises(ValueError):
-        derain.sample_patches(images, 5, 55, rng)
+        derain.sample_patches(images, 5, 48, rng)
 
 
 @graded
@@ -72,6 +66,7 @@ def test_thirds_differ_in_sharpness(third, slopes):
 
 @graded
 def test_more_than_a_gigabyte_is_refused():
+    assert len(derain.training_patches([torch.zeros(3, 40, 40)], 6000, 0)) == 6000
     for n, third in ((60_000, "any"), (20_000, "low")):
         with pytest.raises(derain.BadInput):
             derain.training_patches([torch.zeros(3, 40, 40)], n, 0, third)

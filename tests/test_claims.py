@@ -22,13 +22,6 @@ import materials  # noqa: E402
 # ---- materials ----------------------------------------------------------------------------------
 
 
-def test_dead_leaves_leave_no_gap_and_hide_one_another():
-    leaves = np.stack([materials.draw_dead_leaves(128, derain.stream(i)) for i in range(6)])
-    assert (leaves == 0).all(1).mean() < 0.03  # the empty canvas is 0
-    # If leaves shone through, their edges would multiply.
-    assert (abs(np.diff(leaves.mean(1))) < 0.01).mean() > 0.7
-
-
 @pytest.mark.parametrize("category", materials.PAINTERS)
 def test_painters_draw_anew_for_each_seed(category):
     first, second = [materials.draw_background(category, 96, derain.stream(i)) for i in (0, 1)]

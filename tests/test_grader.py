@@ -363,7 +363,7 @@ def grading():
     found = Grading()
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in FILES]
     quiet = ["-q", "-s", "--tb=native", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-    assert pytest.main([*files, *quiet], plugins=[found]) == 0
+    assert pytest.main([*files, *quiet], plugins=[found]) < 2  # 1: wrong solutions failed
     return found
 
 

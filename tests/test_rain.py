@@ -51,8 +51,9 @@ def test_kernel_batch_equals_singles():
 
 def test_quantity_is_the_number_of_seeds(rng):
     noise = torch.from_numpy(rng.random((2, 1250, 800), dtype=np.float32))
+    before = noise.clone()
     both = derain.streak_seeds(noise, torch.tensor([20.0, 100.0]))
-    assert both.shape == noise.shape and (both >= 0).all()
+    assert both.shape == noise.shape and (both >= 0).all() and torch.equal(noise, before)
     for seeds, above, quantity in zip(both, noise, (20, 100)):
         expected = 100 * quantity  # of a million pixels
         peaks = seeds[seeds > 0]
@@ -70,7 +71,7 @@ def test_layers_equal_a_plain_loop(name, height, width):
     """Each seed leaves one kernel, its own image's, also when it lies outside the frame."""
     rain_range = derain.RAIN[name]
     layers = derain.rain_layers(4, (height, width), rain_range, np.random.default_rng(3))
-    assert layers.shape == (4, 1, height, width)
+    assert layers.shape == (4, 1, height, width) and layers.dtype == torch.float32
 
     rng = np.random.default_rng(3)
     factors = [rng.uniform(*interval, 4) for interval in rain_range[:4]]

@@ -26,6 +26,7 @@ WRONG = (
     ),
     ("streak_seeds", "threshold on the wrong side", "above > 0", "above < 0"),
     ("streak_seeds", "all equally bright", "low + (high - low) * above", "high"),
+    ("streak_seeds", "changes its input", "noise - (1 - share)", "noise.sub_(1 - share)"),
     ("streak_seeds", "seeds per 1,000 pixels", "10_000", "1_000"),
     ("streak_seeds", "brightest where the noise is lowest", "low + (high", "high - (high"),
     ("streak_seeds", "one quantity for the batch", "[:, None, None]", ".mean()"),
@@ -51,6 +52,7 @@ WRONG = (
         "spectrum =",
         "seeds[:, :margin] = 0; seeds[:, :, :margin] = 0; spectrum =",
     ),
+    ("rain_layers", "of 64 bits", ".clamp(0, 1)", ".clamp(0, 1).double()"),
     ("rain_layers", "not clipped", ".clamp(0, 1)", ""),
     ("add_rain", "not clipped", ".clamp(0, 1)", ""),
     (
@@ -129,6 +131,13 @@ WRONG = (
     ),
     (
         "decoupled_evaluation",
+        "SSIM with the rainy image",
+        "ssim(output, clean)",
+        "ssim(output, rainy)",
+    ),
+    ("decoupled_evaluation", "SSIM by the width", "min(clean.shape[-2:])", "clean.shape[-1]"),
+    (
+        "decoupled_evaluation",
         "clamps its input in place",
         "triples =",
         "output.clamp_(0, 1); triples =",
@@ -136,6 +145,8 @@ WRONG = (
     ("psnr", "one squared error for the set", ".mean((1, 2, 3))", ".mean()"),
     ("psnr", "20 log10 of the squared error", "-10 *", "-20 *"),
     ("psnr", "of a clamped output", "(output - clean)", "(output.clamp(0, 1) - clean)"),
+    ("psnr", "of the mean of the channels", "(output - clean)", "(output - clean).mean(1, True)"),
+    ("psnr", "rows averaged one by one", ".mean((1, 2, 3))", ".mean((1, 3))"),
     ("psnr", "shapes unchecked", "output.shape != clean.shape", "False"),
     ("psnr", "clamps its input in place", "mse =", "output.clamp_(0, 1); mse ="),
     ("ssim", "zero padding", "conv2d(image[None],", "conv2d(pad(image[None], (5,) * 4),"),
@@ -146,10 +157,14 @@ WRONG = (
         "zip(output.flatten(0, 1).double(), clean.flatten(0, 1).double())",
         "zip(*(t.mean(1, True).expand_as(t).flatten(0, 1).double() for t in (output, clean)))",
     ),
+    ("ssim", "without the first constant", "1e-4", "0"),
+    ("ssim", "of a clamped output", "output.flatten(0, 1)", "output.clamp(0, 1).flatten(0, 1)"),
+    ("ssim", "11 pixels are refused", "< 11", "<= 11"),
     ("ssim", "checks only the width", "min(clean.shape[-2:]) < 11", "clean.shape[-1] < 11"),
     ("sharpness", "sum of both", "torch.hypot(down, right)", "(down.abs() + right.abs())"),
     ("sharpness", "one number for the batch", "mean((1, 2))", "mean()"),
     ("sharpness", "one channel for grey", "patches.mean(1)", "patches[:, 0]"),
+    ("sample_patches", "all images as large as the first", "images[i].shape", "images[0].shape"),
     ("sample_patches", "never the last row", "height - size + 1", "max(height - size, 1)"),
     ("sample_patches", "never the last column", "width - size + 1", "max(width - size, 1)"),
     ("sample_patches", "the height for the width", "width - size", "height - size"),
@@ -175,8 +190,15 @@ WRONG = (
     ("training_patches", "low and high swapped", 'third == "high"', 'third == "low"'),
     ("training_patches", "nothing to choose from", "3 * n", "n"),
     ("training_patches", "8 are not among 1,024", "max(n, MANY)", "n"),
+    ("training_patches", "a limit of 0.1 GB", "52_000", "5_200"),
     ("training_patches", "the seed not used", "stream(seed", "stream(0"),
     ("ResNet.forward", "blocks that replace", "features + block(features)", "block(features)"),
+    (
+        "ResNet.forward",
+        "the head never learns",
+        "self.head(degraded)",
+        "self.head(degraded).detach()",
+    ),
     ("ResNet.forward", "the input not added", "degraded + self", "self"),
     (
         "pad_to_multiple",
@@ -185,6 +207,7 @@ WRONG = (
         "(right, 0, bottom, 0)",
     ),
     ("pad_to_multiple", "the edge repeated", '"reflect" if', '"replicate" if'),
+    ("pad_to_multiple", "multiples of 4 only", "% multiple", "% 4"),
     ("pad_to_multiple", "by two multiples", "% multiple", "% (2 * multiple)"),
     (
         "pad_to_multiple",
@@ -203,6 +226,7 @@ WRONG = (
         "[fine, self.enlarge1(middle)]",
         "[self.enlarge1(middle), fine]",
     ),
+    ("UNet.forward", "details without gradient", "[fine, self", "[fine.detach(), self"),
     ("UNet.forward", "the input not added", "image + self.tail", "self.tail"),
     (
         "UNet.forward",
@@ -264,6 +288,7 @@ WRONG = (
     ),
     ("train", "squared errors", "l1_loss", "mse_loss"),
     ("train", "own loss with its arguments swapped", "(degraded, clean)\n", "(clean, degraded)\n"),
+    ("train", "own rate times RATE", 'getattr(network, "rate", RATE)', "RATE * network.rate"),
     ("train", "own rate ignored", 'getattr(network, "rate", RATE)', "RATE"),
     (
         "train",
@@ -282,6 +307,8 @@ WRONG = (
     ("shift_mask", "regions that share a number", "2 * rolled_in(h)", "rolled_in(h)"),
     ("WindowAttention.forward", "scaled by all channels", "sqrt(c // self.heads)", "sqrt(c)"),
     ("WindowAttention.forward", "offsets the wrong way", "[self.table_row]", "[self.table_row.T]"),
+    ("WindowAttention.forward", "always two heads", "self.heads", "2"),
+    ("WindowAttention.forward", "weights without gradient", "max(-1)", "max(-1).detach()"),
     ("WindowAttention.forward", "softmax over the queries", ".softmax(-1)", ".softmax(-2)"),
     (
         "WindowAttention.forward",
@@ -293,6 +320,7 @@ WRONG = (
     ("SwinBlock.forward", "shift the wrong way", "-self.shift, -self", "self.shift, self"),
     ("SwinBlock.forward", "no mask", "if self.shift else", "if False else"),
     ("ResidualBlock.forward", "no shortcut", "self.nin_shortcut(x) + ", ""),
+    ("ResidualBlock.forward", "a shortcut without gradient", "shortcut(x)", "shortcut(x.detach())"),
     ("ResidualBlock.forward", "one SiLU too few", "silu(self.norm2(y))", "self.norm2(y)"),
     (
         "PixelAttention.forward",
@@ -300,6 +328,7 @@ WRONG = (
         "(query, key, value)",
         "(query, value, key)",
     ),
+    ("PixelAttention.forward", "no gradient", "self.norm(x)", "self.norm(x.detach())"),
     ("PixelAttention.forward", "not of the normalized input", "y = self.norm(x)", "y = x"),
     (
         "Codebook.forward",
