@@ -117,8 +117,8 @@ class RainRange(NamedTuple):
     """The intervals (low, high) from which the rain of each image is drawn (paper, Fig. 2)."""
 
     quantity: tuple  # streak seeds per 10,000 pixels
-    width: tuple  # of a streak, between points of half its brightness, in pixels
-    length: tuple  # of a streak, between points of half its brightness, in pixels
+    width: tuple  # pixels across a streak, where it is at least half as bright as its centre
+    length: tuple  # the same, along the streak
     direction: tuple  # degrees from vertical; with positive ones a streak leans like "/"
     either_side: bool = False  # True: an image's rain leans to the other side half of the time
 
@@ -144,7 +144,7 @@ def streak_kernel(
     A Gaussian falls to one half of its height at 1.1774 sigma, so sigma is width / 2.3548.
     direction: degrees from vertical; with a positive one the streak leans like "/".
     Numbers give one kernel (k, k); tensors (n,) give n kernels (n, k, k).  The size k is
-    2 radius + 1, where the radius is length / 2 + 3 sigma of the largest streak, rounded up.
+    2 radius + 1.  The radius of a streak is length / 2 + 3 sigma, rounded up; the largest counts.
     """
     # Two axes are added, for the rows and columns of the kernel: (1, 1), or (n, 1, 1).
     sigma = as_tensor(width)[..., None, None] / 2.3548
@@ -161,12 +161,16 @@ def streak_kernel(
     along = x * sin(angle) - y * torch.cos(angle)
     across = x * torch.cos(angle) + y * sin(angle)
 
-    # A blurred line is a Gaussian across.  Along, it is a box whose two ends the Gaussian softens.
-    # erf is the integral of a Gaussian: it rises from -1 to 1 around 0.  Each erf is one soft end.
-    blur = sqrt(2) * sigma  # exp(-(x / blur)^2) has this sigma; erf needs the same factor
+    # A blurred line is a Gaussian across.  Along, it is a box with soft ends.  erf is the integral
+    # of a Gaussian: it rises from -1 to 1 around 0.  The first erf falls at the upper end of the
+    # streak, the second rises at its lower end.  Between the ends both are near 1, so they add up.
+    # Beyond an end one of them is near -1, so they cancel.
+    # The Gaussian of this sigma is exp(-(x / blur)^2), and its integral is erf(x / blur), up to a
+    # constant factor.
+    blur = sqrt(2) * sigma
     gaussian = exp(-((across / blur) ** 2))
     box = erf((half - along) / blur) + erf((half + along) / blur)
-    # At the centre, where along = 0, each erf is erf(half / blur).  Divided by both, it is 1 there.
+    # At the centre along = 0, so both are erf(half / blur).  Divided by their sum, it is 1 there.
     return gaussian * box / (2 * erf(half / blur))
 
 
@@ -189,10 +193,12 @@ def rain_layers(n: int, size: int | tuple, rain_range: RainRange, rng: Generator
 
     Streaks that overlap add up, to at most 1.  The noise covers a canvas that is larger than the
     image, so that streaks also enter from outside: its sides are h + k - 1 and w + k - 1 for a
-    kernel of k x k pixels, rounded up to multiples of 16.  A seed at (y, x) of the canvas puts the
-    lower right corner of its kernel at pixel (y, x) of the image.
-    Order of the random draws: n quantities, n widths, n lengths, n directions; rng.choice([-1, 1],
-    n) if either_side, by which the directions are multiplied; rng.random((n, *canvas), np.float32).
+    kernel of k x k pixels, rounded up to multiples of 16.  A seed at (y, x) of the canvas is the
+    upper left corner of its kernel.  At the end the first k - 1 rows and columns are cut off.  So
+    in the image, pixel (y, x) is the lower right corner of this kernel.
+    Whoever draws in this order from the same generator gets the same rain: n quantities, n widths,
+    n lengths, n directions; rng.choice([-1, 1], n) if either_side, by which the directions are
+    multiplied; rng.random((n, *canvas), np.float32).
     """
     height, width = (size, size) if isinstance(size, int) else size
 
@@ -217,6 +223,7 @@ def rain_layers(n: int, size: int | tuple, rain_range: RainRange, rng: Generator
 
     # The transform treats the canvas as if its opposite edges were joined.  The first `margin` rows
     # and columns hold parts of streaks that came in from the opposite edge, so they are cut off.
+    # What the rounding to multiples of 16 added is cut off at the other end.
     # Sums may be above 1, and the transform rounds, so that a little may be below 0: hence clamp.
     return rain[..., margin : margin + height, margin : margin + width].clamp(0, 1)
 
@@ -229,8 +236,8 @@ def add_rain(background: Tensor, rain: Tensor) -> Tensor:
 def rain_degradation(rain_range: RainRange) -> Callable:
     """Return a function degrade(clean, rng) that adds rain of this range to images (n, 3, h, w).
 
-    Training and tests make their rain through such a function alone.  So noise or blur can take
-    its place.
+    Training and tests know nothing else of the rain.  So a function that adds noise or blur can be
+    given to them in place of this one.
     """
 
     def degrade(clean, rng):
@@ -246,7 +253,7 @@ def rain_degradation(rain_range: RainRange) -> Callable:
 # as they have more detail.  Where no photographs are given, faces are drawn.
 
 PATCH = 40  # side of a training patch, in pixels
-MANY = 1024  # backgrounds in the usual training
+MANY = 1024  # backgrounds of the network that is trained on many
 
 
 def draw_face(size: int, rng: Generator) -> np.ndarray:
@@ -283,7 +290,8 @@ def draw_face(size: int, rng: Generator) -> np.ndarray:
     for colour, centre_x, centre_y, radius_x, radius_y, softness in ovals:
         # The distance from the centre, in radii: 1 on the outline.
         radii = np.hypot((abs(x) - centre_x) / radius_x, (y - centre_y) / radius_y)
-        distance = (radii - 1) * min(radius_x, radius_y)  # from the outline, negative inside
+        # The distance from the outline, negative inside.  (For a long oval it is not exact.)
+        distance = (radii - 1) * min(radius_x, radius_y)
         # How much the oval covers a pixel: from 1 inside to 0 outside, over 1.5 pixels at least (a
         # pixel is 2 / size).  Where it is 1, the colour replaces the image; where 0, it does not.
         coverage = (0.5 - distance / (softness + 3 / size)).clip(0, 1)
@@ -326,13 +334,14 @@ def training_patches(images: list, n: int, seed: int, third: str = "any") -> Ten
     """Return n backgrounds (n, 3, PATCH, PATCH), cut out of images (3, h, w).
 
     third: "any" takes patches as they come.  "low" cuts 3 n patches and keeps the least sharp
-    third, "high" the sharpest third.  With "any", a training with n = 8 uses the first 8 patches of
-    one with n = 1,024 (up to MANY).  Raises BadInput if the patches that are cut (also those
-    that are not kept) would take more than 1 GB.
+    third, "high" the sharpest third.  With "any", a smaller n gives the first patches of a larger
+    n: n = 8 gives the first 8 of n = 1,024.  This holds for all n up to MANY.  Raises BadInput if
+    the patches that are cut (also those that are not kept) would take more than 1 GB.
     """
     rng = stream(seed, "patches")
-    # With "any", MANY are cut even if fewer are needed.  The order of the images is drawn before
-    # the places, and its length depends on the count; so a smaller count would give other places.
+    # With "any", MANY are cut even if fewer are needed.  sample_patches draws the order of the
+    # images first, then the places.  A larger count draws more for the order; after that, the
+    # generator gives other places.  So the count must be the same for every n up to MANY.
     count = max(n, MANY) if third == "any" else 3 * n
     if count > 52_000:  # of 3 * 40 * 40 numbers of 4 bytes
         raise BadInput(f"{n:,} backgrounds take more than 1 GB of memory; give fewer")
@@ -349,11 +358,12 @@ def training_patches(images: list, n: int, seed: int, third: str = "any") -> Ten
 # attention.  Each takes degraded images (n, 3, h, w) of any size and returns restored ones.  Each
 # adds its input to what it computes, as most restoration networks do:
 #
-#     output = input + network(input)
+#     output = input + change(input)
 #
-# So the network computes only a change.  In rain, this change should be the rain, with a minus.  It
-# can find the rain by how rain looks, or by how the image would look without it.
+# So the layers compute only a change.  In rain, this change should be the rain, with a minus.  The
+# network can find the rain by how rain looks, or by how the image would look without rain.
 
+# partial(f, a=1) is the function f with the argument a=1 already given.
 conv3x3 = partial(Conv2d, kernel_size=3, padding=1)  # conv3x3(inputs, outputs) keeps h and w
 conv1x1 = partial(Conv2d, kernel_size=1)
 
@@ -361,8 +371,9 @@ conv1x1 = partial(Conv2d, kernel_size=1)
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Enlarge images (n, c, h, w) at the bottom and right until both sides are multiples.
 
-    The new pixels are a reflection of the image, which does not repeat the row or column at its
-    edge.  If the image is too small for this on either side, they repeat its last row and column.
+    The new pixels mirror the image at its last row and column, which are not repeated.  If the
+    image is too small for this on either side, its last row and column are repeated instead, on
+    both sides.
     """
     height, width = images.shape[-2:]
     bottom = -height % multiple  # what is missing to the next multiple
@@ -419,6 +430,7 @@ class UNet(Module):
         self.down1 = two_convolutions(3, c)
         self.down2 = two_convolutions(c, 2 * c)
         self.bottom = two_convolutions(2 * c, 4 * c)
+        # A transposed convolution of size 2 and stride 2: each pixel becomes 2 x 2 pixels.
         self.enlarge2 = ConvTranspose2d(4 * c, 2 * c, 2, 2)
         self.up2 = two_convolutions(4 * c, 2 * c)
         self.enlarge1 = ConvTranspose2d(2 * c, c, 2, 2)
@@ -441,11 +453,11 @@ class UNet(Module):
 # the weighted sum of the features of all pixels.  To look at all pixels of an image would cost too
 # much, so each looks only at those of its own window, here of 8 x 8 pixels.
 #
-# Alone, this would never let anything cross the border of a window.  So the network repeats
+# With these windows alone, nothing would ever cross the border of a window.  So the network repeats
 # attention in several blocks, and every second block shifts the windows by half their side.  The
-# trick is to move the image instead: it is rolled up and to the left, what leaves at one edge comes
-# in at the opposite edge, and the windows stay.  An example, with the 8 rows of an image in windows
-# of 4:
+# code leaves the windows where they are, and moves the image instead.  The image is rolled up and
+# to the left.  What leaves at one edge comes in at the opposite edge.  An example, with the 8 rows
+# of an image in windows of 4:
 #
 #     plain:    [0 1 2 3] [4 5 6 7]
 #     rolled:   [2 3 4 5] [6 7|0 1]      6, 7 and 0, 1 now share a window
@@ -458,13 +470,14 @@ def to_windows(image: Tensor, window: int) -> Tensor:
     """Cut n images (n, h, w, c) into m windows each: (n * m, window * window, c).
 
     Windows follow each other row by row, and so do the pixels within a window.  Note that the
-    channels come last here.  h and w must be multiples of `window`.  Images may be of any type, as
-    shift_mask cuts one of whole numbers.
+    channels come last here.  h and w must be multiples of `window`.  The numbers may be of any
+    type.  (shift_mask, below, cuts an image of whole numbers.)
     """
     n, h, w, c = image.shape
     cut = image.view(n, h // window, window, w // window, window, c)
-    # Axes now: image, row of windows, row in the window, column of windows, column, channel.  The
-    # two axes that count windows belong together in front.
+    # Axes 0 to 5 now: image, row of windows, row in the window, column of windows, column in the
+    # window, channel.  transpose(2, 3) brings the two axes that count windows next to each other.
+    # Then reshape joins axes 0 to 2 to one, and the two axes inside the window to another.
     return cut.transpose(2, 3).reshape(-1, window * window, c)
 
 
@@ -479,17 +492,18 @@ def shift_mask(h: int, w: int, window: int) -> Tensor:
     """Return what is added to scores of attention in a rolled image (h, w): 0 or -100.
 
     The image was rolled up and to the left by window // 2.  The mask has the shape (windows,
-    window * window, window * window); windows are those of to_windows.  It is -100 for two pixels
-    of one window if the row of one of them came in from the opposite edge and that of the other did
-    not, or the same of their columns.  It is 0 for all others.
+    window * window, window * window); windows are those of to_windows.  Take two pixels of one
+    window.  If the row of one came in from the opposite edge and the row of the other did not, it
+    is -100.  If the column of one came in and the column of the other did not, it is -100, too.
+    Otherwise it is 0.
     """
 
     def rolled_in(side):
         """Tell which rows (or columns) came in from the opposite edge."""
         return arange(side) >= side - window // 2
 
-    # Two pixels may see each other if both or none of their rows came in, and the same of columns.
-    # So each pixel gets a number from 0 to 3: which of the two, its row and its column, came in.
+    # Each pixel gets a number: 2 if its row came in, plus 1 if its column came in.  Two pixels may
+    # see each other if their numbers are equal.
     region = 2 * rolled_in(h)[:, None] + rolled_in(w)  # (h, w)
     # to_windows needs an axis of images and one of channels.
     region = to_windows(region[None, :, :, None], window)[..., 0]  # (windows, window * window)
@@ -502,14 +516,18 @@ class WindowAttention(Module):
 
     Each pixel makes three vectors: a query (what it looks for), a key (what it offers to others)
     and a value (what it passes on).  The score of two pixels is the dot product of one's query and
-    the other's key, divided by the square root of their length, plus a bias, plus the mask.
-    The channels are divided among several heads; each head does all this with its own part.  The
-    linear layer `qkv` makes all queries, then all keys, then all values; within each, the heads lie
-    side by side.
+    the other's key.  A sum of many products is large, so it is divided by the square root of how
+    many numbers a key has.  Then a bias is added, and the mask.
 
-    The bias depends only on how far, and in which direction, one pixel lies from the other.  In a
-    window of 8, this offset runs from -7 to 7 down and from -7 to 7 to the right.  So a head needs
-    only a list of 15 x 15 learned numbers for all 64 x 64 pairs of pixels:
+    The channels are divided among several heads, so that each head can look for something else.
+    Each head does all this with its own channels.  The linear layer `qkv` makes all queries, then
+    all keys, then all values.  In each of these three, the channels of head 0 come first, then
+    those of head 1, and so on.
+
+    Queries and keys do not tell where a pixel lies.  The bias adds this.  It depends only on how
+    far, and in which direction, one pixel lies from the other.  In a window of 8, this offset runs
+    from -7 to 7 down and from -7 to 7 to the right.  So a head needs only a list of 15 x 15 learned
+    numbers for all 64 x 64 pairs of pixels:
 
         place in the list = (down + 7) * 15 + (right + 7)
 
@@ -524,9 +542,9 @@ class WindowAttention(Module):
         side = 2 * window - 1  # 15 in a window of 8
         self.position_bias = Parameter(torch.zeros(side * side, heads))
 
-        # Which row of the table belongs to pixels i and j: (n, n), where n = window * window.  A
-        # buffer moves to a GPU with the network; it is not trained, and (persistent=False) not
-        # saved.
+        # Which row of the table belongs to pixels i and j: (n, n).  Here n is not the number of
+        # images, but the pixels of a window: n = window * window.  A buffer moves to a GPU with
+        # the network.  It is not trained, and not saved (persistent=False).
         place = torch.cartesian_prod(arange(window), arange(window))  # (n, 2): row, column
         # (n, n, 2): from pixel j to pixel i, plus 7 (in a window of 8), so that it is not negative.
         offset = place[:, None] - place + window - 1
@@ -543,11 +561,13 @@ class WindowAttention(Module):
 
         # mT swaps the last two axes, so that every query meets every key: (b, heads, n, n).
         scores = query @ key.mT / sqrt(c // self.heads)
+        # position_bias[table_row] is (n, n, heads).  The heads move to the front: (heads, n, n).
         scores = scores + self.position_bias[self.table_row].permute(2, 0, 1)
         if mask is not None:
-            # The masks of one image are repeated for every image.
+            # The masks of one image are repeated for every image; None is an axis for the heads.
             scores = scores + mask.repeat(b // len(mask), 1, 1)[:, None]
         collected = scores.softmax(-1) @ value  # (b, heads, n, c / heads)
+        # The channels of all heads are put side by side again.
         return self.project(collected.transpose(1, 2).reshape(b, n, c))
 
 
@@ -602,8 +622,8 @@ class SwinIR(Module):
 
     It computes what the published network computes for denoising, where the output has the size of
     the input.  The arguments have the published names.  embed_dim: channels.  depths, num_heads:
-    blocks and heads of each group.  window_size: side of a window.  mlp_ratio: how many times wider
-    than the channels the perceptrons are.
+    blocks and heads of each group.  window_size: side of a window.  mlp_ratio: the hidden layer of
+    a perceptron has mlp_ratio times as many channels.
     """
 
     def __init__(
@@ -670,14 +690,16 @@ def build_network(make: type[Module], seed: int = 0, **arguments) -> Module:
 #        |     .  .  /  .
 #        |___.__/_._____________ r
 #
-# The line need not go through (0, 0): in each image it may lie higher or lower, only the slope is
-# the same for all.  (In the formula for the slope, to take off each image's mean of r does just
-# that.)  A line through (0, 0) would take an output that is only darker for one with less rain.
-# Damage is measured from slope * r, without that height, so a change of brightness is damage.
+# The line need not go through (0, 0).  In each image it may lie higher or lower; only the slope is
+# the same for all.  (For this, decoupled_evaluation below takes each image's mean off r.)  Why?
+# Think of an output that is the rainy image, only darker.  All its rain is left.  But a line
+# through (0, 0) would be less steep, as if rain had been removed.  Damage is different: it is
+# measured from slope * r, a line through (0, 0).  So a change of brightness counts as damage.
 #
 # The two are read together.  No single number can stand alone: a constant image has little rain
-# left, and the damage tells why.  The paper's own measures split the pixels instead.  E_R asks how
-# much was changed where it rained (the wet pixels), E_B how much is wrong elsewhere.
+# left, and only its damage shows that it is useless.  The paper's own measures split the pixels
+# instead.  E_R asks how much was changed where it rained (the wet pixels), E_B how much is wrong
+# elsewhere.
 
 RAIN_THRESHOLD = 4 / 255  # a pixel counts as wet if rain changed it by more than 4 grey levels
 
@@ -693,14 +715,15 @@ def rain_mask(rainy: Tensor, clean: Tensor) -> Tensor:
 
 
 def decoupled_sums(output, rainy, clean):
-    """Return the sums over one image (3, h, w) that decoupled_measures needs.
+    """Return the sums over one image (3, h, w) from which decoupled_measures makes its measures.
 
-    Sums of several images can be added, so a set of images need not be in memory at once.  (Read
-    decoupled_evaluation, below, first: it says what is measured.)
+    The products of pattern, r and d serve rain_left and damage, as explained above.  "wet
+    removed^2" serves E_R, and "dry d * d" serves E_B.  Sums of several images can be added, so a
+    set of images need not be in memory at once.  (decoupled_evaluation, below, has the formulas.)
     """
     r = (rainy - clean).double()
     d = (output - clean).double()
-    pattern = r - r.mean()
+    pattern = r - r.mean()  # so that the line may lie at any height
     wet = rain_mask(rainy[None], clean[None])[0].expand_as(clean)
 
     sums = {
@@ -786,10 +809,12 @@ def ssim(output: Tensor, clean: Tensor) -> float:
 
     It compares local brightness, contrast and pattern, and is 1 for equal images.
     x is the output, y the clean image.  Means m, variances v and the covariance c are those of the
-    pixels under a window of 11 x 11 with Gaussian weights of sigma 1.5 and sum 1.  With C1 = 0.01^2
-    and C2 = 0.03^2, the similarity is
+    pixels under a window of 11 x 11 with Gaussian weights of sigma 1.5 and sum 1.  The similarity
+    is
         (2 m_x m_y + C1) (2 c + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2)),
-    in each channel, averaged over all places where the window fits, and over the images.
+    in each channel, averaged over all places where the window fits, and over the images.  The parts
+    with m compare brightness, those with c and v contrast and pattern.  C1 = 0.01^2 and
+    C2 = 0.03^2 prevent a division by 0.
     Raises ValueError if the shapes differ, or if an image is smaller than the window.
     """
     if output.shape != clean.shape or min(clean.shape[-2:]) < 11:
@@ -797,6 +822,7 @@ def ssim(output: Tensor, clean: Tensor) -> float:
     window = exp(-(arange(-5, 6).double() ** 2) / 4.5)  # 2 sigma^2 = 4.5
     window /= window.sum()
 
+    # The 11 x 11 window is a column times a row, so two thin convolutions do the work of one.
     def blur(image):
         columns = conv2d(image[None], window.view(1, 1, 11, 1))  # (1, h - 10, w)
         return conv2d(columns, window.view(1, 1, 1, 11))  # (1, h - 10, w - 10)
@@ -806,6 +832,7 @@ def ssim(output: Tensor, clean: Tensor) -> float:
     for x, y in zip(output.flatten(0, 1).double(), clean.flatten(0, 1).double()):
         mean_x = blur(x)
         mean_y = blur(y)
+        # v_x + v_y.  A variance is the mean of the squares minus the square of the mean.
         variances = blur(x * x) - mean_x**2 + blur(y * y) - mean_y**2
         covariance = blur(x * y) - mean_x * mean_y
         numerator = (2 * mean_x * mean_y + 1e-4) * (2 * covariance + 9e-4)
@@ -830,7 +857,8 @@ def opening(images: Tensor, size: int = 5) -> Tensor:
 def predict(network: Module, images: Tensor) -> Tensor:
     """Return the network's output for images (n, 3, h, w), on the CPU, limited to [0, 1].
 
-    The network sees 16 images at a time, to bound the memory.
+    The network sees 16 images at a time, to bound the memory.  No network here has dropout or batch
+    normalization, so network.eval() would change nothing.
     """
     device = next(network.parameters()).device
     outputs = []
@@ -843,8 +871,8 @@ def restore(network: Module, image: Tensor, tile: int = 512) -> Tensor:
     """Restore an image (3, h, w) of any size, tile by tile, to bound the memory.
 
     Each tile is restored together with `margin` pixels around it, which are then cut off, so that
-    its pixels see the same neighbours as in the whole image.  (The VQGANPrior of section 6 also
-    normalizes and attends over the whole tile, so its result depends on the tiles a little.)
+    its pixels see the same neighbours as in the whole image.  (This is not quite so
+    for VQGANPrior, in section 6: its normalization and attention use all pixels of a tile.)
     """
     margin = 32  # An output pixel of the three networks depends on at most 23 pixels to each side.
     output = torch.empty_like(image)
@@ -853,6 +881,7 @@ def restore(network: Module, image: Tensor, tile: int = 512) -> Tensor:
             y = max(top - margin, 0)
             x = max(left - margin, 0)
             piece = image[None, :, y : top + tile + margin, x : left + tile + margin]
+            # The piece begins at (y, x).  Cut off its margin: first above and left, then the rest.
             restored = predict(network, piece)[0, :, top - y :, left - x :]
             output[:, top : top + tile, left : left + tile] = restored[:, :tile, :tile]
     return output
@@ -955,7 +984,8 @@ def train(
 #
 # Few backgrounds are one way to make a network learn images.  Another is a content prior: a network
 # that knows nothing but clean images.  Ours is a VQGAN (Esser et al. 2021; "VQ" stands for vector
-# quantization, "GAN" for a loss that we leave out).  It is an autoencoder with a bottleneck:
+# quantization, "GAN" for a loss that we leave out).  It is an autoencoder: a network that
+# learns to give its input back.  On the way, the image must pass a bottleneck:
 #
 #     image --encoder--> latent --codebook--> codes --decoder--> image
 #
@@ -973,8 +1003,9 @@ def train(
 def group_norm(channels):
     """Return a normalization over groups of channels: 4 in each, or more if there are above 128.
 
-    If each channel were normalized by itself, the brightness of the patch would be lost.  Within a
-    group, the differences between channels remain, and can carry it.
+    A normalization takes off the mean over all pixels.  Alone, each channel would lose its mean,
+    and with it the brightness of the patch.  In a group, only the mean of all its channels is lost.
+    One channel can still be higher than another, and so keep the brightness.
     """
     return GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
@@ -1002,7 +1033,9 @@ class ResidualBlock(Module):
 class PixelAttention(Module):
     """Attention among all pixels, with a single head; added to the input (n, c, h, w).
 
-    Queries, keys and values are made from the normalized input by 1 x 1 convolutions; scores are
+    It is used only on coarse grids, which have few pixels, so no windows are needed.
+        Queries, keys and values are made from the normalized input by 1 x 1 convolutions; scores
+        are
     divided by the root of c.  A fourth 1 x 1 convolution, proj_out, comes last.
     """
 
@@ -1053,11 +1086,11 @@ def middle(channels):
 
 
 class Encoder(Module):
-    """Image to latent, level by level.
+    """From an image to what quant_conv makes the latent of, level by level.
 
     widths: the channels of each level; the sides halve from one level to the next.  ch: channels of
-    the first convolution.  blocks: residual blocks of a level.  attention: whether a level has it,
-    a list. z_channels: of the latent.
+    the first convolution.  blocks: residual blocks of a level.  attention: a list that says, for
+    each level, whether it has attention.  z_channels: channels of the output.
     """
 
     def __init__(self, ch, widths, blocks, attention, z_channels):
@@ -1094,12 +1127,13 @@ class Decoder(Module):
         self.conv_in = conv3x3(z_channels, widths[-1])
         self.mid = middle(widths[-1])
         self.up = ModuleList()
-        # Level i takes what level i + 1, which runs before it, gave.
+        # The levels run from the last to the first.  So level i takes the output of level i + 1.
+        # The last level takes the output of self.mid.
         for inputs, width, attends in zip([*widths[1:], widths[-1]], widths, attention):
             level = Level(inputs, width, blocks + 1, attends)
             level.upsample = named(repeat=Upsample(scale_factor=2), conv=conv3x3(width, width))
             self.up.append(level)
-        self.up[0].upsample = Identity()
+        self.up[0].upsample = Identity()  # level 0 has the image's size already
         self.norm_out = group_norm(widths[0])
         self.conv_out = conv3x3(widths[0], 3)
 
@@ -1116,13 +1150,13 @@ class Codebook(Module):
     To choose the nearest code is a step function: it has no useful gradient, so the encoder in
     front of it would not learn.  The straight-through estimator pretends that the codebook was not
     there: on the way back, the gradient of the output is handed to the input unchanged.  This is
-    not the true gradient.  It serves as long as a latent and its code are near each other: what
-    improves the image at the code then also improves it at the latent.  In code,
+    not the true gradient.  It is computed at the code, but it moves the latent.  If the two are
+    near each other, the direction that improves the image is about the same for both.  In code,
 
         output = latent + (quantized - latent).detach()
 
-    has the value of `quantized`, and, as what is detached counts as a constant, the gradient of
-    `latent`.
+    has the value of `quantized`, as latent - latent is 0.  What is detached counts as a constant.
+    So the gradient goes to `latent` alone.
 
     Two problems remain.  The codes get no gradient at all, so they do not learn.  And nothing keeps
     the latents near their codes.  A loss of two terms pulls both together.
@@ -1132,6 +1166,7 @@ class Codebook(Module):
 
     def __init__(self, n_embed, embed_dim):
         super().__init__()
+        # An Embedding is a table of learned vectors: it takes row numbers, and returns the rows.
         self.embedding = Embedding(n_embed, embed_dim)
 
     def forward(self, latent):
@@ -1142,7 +1177,9 @@ class Codebook(Module):
         that moves the codes 0.25, as in VQGAN's published code.
         """
         vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, embed_dim)
-        # From each vector to each code: the same list of codes serves every row of every image.
+        # cdist gives the distance of each vector of one list to each of another: here of a row of
+        # the latent, and of the codebook.  The axes None let one codebook serve all rows and
+        # images.
         distances = torch.cdist(vectors, self.embedding.weight[None, None])  # (n, h, w, n_embed)
         indices = distances.argmin(-1)
         quantized = self.embedding(indices).permute(0, 3, 1, 2)
@@ -1156,11 +1193,11 @@ class Codebook(Module):
 class VQGAN(Module):
     """The autoencoder of Esser et al. (2021), with its published names and default arguments.
 
-    Level i has ch * ch_mult[i] channels and half the resolution of level i - 1.  There is attention
-    in the levels whose side is in attn_resolutions, for images of `resolution` pixels a side: with
-    256 and (16,), in the level whose features are 16 x 16.
-    n_embed codes of embed_dim numbers each.  quant_conv leads from z_channels to embed_dim
-    channels, post_quant_conv back.
+    Level i has ch * ch_mult[i] channels and half the resolution of level i - 1.  Take an image of
+    `resolution` pixels a side.  In level i, its features have resolution / 2^i pixels a side.  If
+    this number is in attn_resolutions, the level has attention.  With 256 and (16,) it is level 4.
+    n_embed codes of embed_dim numbers each.  The encoder gives z_channels channels, which may be
+    more.  quant_conv makes embed_dim channels of them, and post_quant_conv z_channels again.
 
     Note: images are in [-1, 1] here, not in [0, 1].
     """
@@ -1216,9 +1253,10 @@ def pretrain(vqgan: VQGAN, images: list, steps: int, seed: int = 0, label: str =
     """Train a VQGAN in place, to give clean patches of images (3, h, w) in [0, 1] back.
 
     The published VQGAN was trained with two more losses: a perceptual one, which compares features
-    of a network that was trained on other photographs, and an adversarial one, from a second
-    network that learns to tell its images from photographs.  They make details look real.  Here
-    there are neither; L1 and the loss of the codebook suffice to see what a content prior does.
+    of a network that was trained on other photographs, and an adversarial one.  This one
+    comes from a second network, which learns to tell the VQGAN's images from photographs.  They
+    make details look real.  Here there are neither; L1 and the loss of the codebook suffice to see
+    what a content prior does.
 
     For the first 30 % of the steps the codebook is left out.  With it from the start, the latents
     would be pulled to codes that mean nothing yet, and the network would learn to draw hardly more
@@ -1226,8 +1264,8 @@ def pretrain(vqgan: VQGAN, images: list, steps: int, seed: int = 0, label: str =
 
     A code moves only if it is chosen.  One that is far from all latents is never chosen, so it
     stays far and is wasted.  So a code that was not chosen for more than 30 steps is replaced by a
-    vector of the latents at hand.  `idle` counts these steps.  It starts at 31, so that at first
-    all codes are replaced.
+    vector of the latents at hand.  `idle` counts these steps.  It starts at 31, so that the
+    random codes of the start are soon replaced: in each step, as many as there are vectors at hand.
     """
     torch.set_num_threads(1)  # as in `train`
     codes = vqgan.quantize.embedding.weight  # (n_embed, embed_dim)
@@ -1237,11 +1275,13 @@ def pretrain(vqgan: VQGAN, images: list, steps: int, seed: int = 0, label: str =
 
     for step in range(steps):
         rng = stream(seed, "pretraining", step)
-        # Normalization takes its mean over the whole patch.  Two sizes of patches in turn keep the
-        # network from depending on one size.
+        # GroupNorm takes the mean over all pixels of a patch.  So a network that saw one size of
+        # patches only might work at this size only.  Therefore two sizes take turns.
         n, side = (2, 80) if step % 2 else (8, 40)
         clean = 2 * sample_patches(images, n, side, rng).to(codes.device) - 1
-        quantized = latent = vqgan.encode(clean)  # (n, embed_dim, h', w'), not quantized yet
+        # (n, embed_dim, h', w').  In the first 30 % of the steps, "quantized" stays the bare
+        # latent.
+        quantized = latent = vqgan.encode(clean)
         codebook_loss = 0
 
         if step >= 0.3 * steps:
@@ -1256,7 +1296,8 @@ def pretrain(vqgan: VQGAN, images: list, steps: int, seed: int = 0, label: str =
             idle[indices.flatten()] = 0
 
         loss = l1_loss(vqgan.decode(quantized), clean) + codebook_loss
-        rate = 1e-3 * min(1, step / 50)  # rises from 0 at first
+        # A warm-up: the rate rises from 0, as Adam's first steps rest on very few gradients.
+        rate = 1e-3 * min(1, step / 50)
         optimizer.param_groups[0]["lr"] = rate * cosine_decay(step, steps)
         optimizer.zero_grad()
         loss.backward()
@@ -1281,7 +1322,8 @@ class VQGANPrior(Module):
     The teacher is a copy of the encoder as it was pre-trained.  It gives the codes of the clean
     image.  If the learning encoder gave them, they would change while it learns.
 
-    vqgan: a VQGAN, which is copied; or the arguments of one.  Images in and out are in [0, 1].
+    vqgan: a VQGAN, which is copied; or the arguments of one, whose weights load_checkpoint (section
+    8) sets later.  Images in and out are in [0, 1].
     """
 
     rate = 5e-4  # for `train`: at a higher learning rate the encoder forgets what it was taught
@@ -1289,8 +1331,9 @@ class VQGANPrior(Module):
     def __init__(self, vqgan):
         super().__init__()
         self.vqgan = VQGAN(**vqgan) if isinstance(vqgan, dict) else deepcopy(vqgan)
-        # The encoder in two parts.  They are the layers of self.vqgan, not copies, so what is set
-        # here holds there: only these layers will learn.  The teacher is a copy.
+        # The encoder in two parts.  These are the layers of self.vqgan themselves, not copies.
+        # Below, all weights are frozen first, then those of the encoder are set free again.  The
+        # teacher is a copy, so it stays frozen.  (Adam skips weights that have no gradient.)
         encoder = Sequential(self.vqgan.encoder, self.vqgan.quant_conv)
         self.teacher = deepcopy(encoder)
         self.requires_grad_(False)
@@ -1304,7 +1347,7 @@ class VQGANPrior(Module):
     def draw(self, latent, shape):
         """Return what the decoder draws from the codes nearest to a latent, cut to a shape.
 
-        The image (n, 3, h, w) is for [0, 1], but is not limited to it; `predict` does that.
+        The image (n, 3, h, w) should lie in [0, 1], but may go beyond; `predict` limits it.
         """
         quantized, _, _ = self.vqgan.quantize(latent)
         return (self.vqgan.decode(quantized)[..., : shape[2], : shape[3]] + 1) / 2
@@ -1372,7 +1415,9 @@ def few_against_many(
     # The steps at which to measure, counted back from the last one, which is one of them.
     points = range(steps, 0, -max(1, steps // 16))
     rows = []
-    stopped = []  # not empty once the training threads should end, for example after Ctrl-C
+    # The threads look at this list after each step.  Once it holds something, they end, for example
+    # after Ctrl-C.
+    stopped = []
 
     def measure(name, when):
         """Append the rows of an output, as it is now, for all steps in `when`."""
@@ -1480,7 +1525,7 @@ def write_table(path, rows):
     for row in rows:
         # Only NaN differs from itself.
         table.writerow("" if cell != cell else cell for cell in row.values())
-    # surrogateescape: names of files may be no text.
+    # surrogateescape: a file may have a name that is not valid text; its bytes are kept.
     write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
@@ -1496,6 +1541,7 @@ def save_figure(figure, rows, path):
     """Write a figure as a .png, and the numbers behind it as a .csv of the same name."""
     prepare_folder(path)
     picture = BytesIO()
+    # Without the version of matplotlib in it, the file depends less on this version.
     figure.savefig(picture, dpi=110, metadata={"Software": None})
     write_file(path, picture.getvalue())
     write_table(path.with_suffix(".csv"), rows)
@@ -1512,6 +1558,7 @@ def each(work, items, label=""):
         try:
             results.append(work(item))
         except BadInput as problem:
+            # split() takes out line breaks, so that it is one line.
             print("skipped:", *str(problem).split(), file=sys.stderr)
         report(done, "files")
     if not results:
@@ -1519,7 +1566,8 @@ def each(work, items, label=""):
     return results
 
 
-# What Pillow decodes itself.  Others, such as EPS, it gives to programs that run what is in them.
+# The formats that Pillow decodes itself.  Files of other formats, such as EPS, can contain
+# programs, and Pillow hands them to software that runs these.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = Image.registered_extensions()  # {".png": "PNG", ...}
 
@@ -1562,9 +1610,9 @@ def image_files(folder):
 def load_images(path: Path, smallest: int = 1) -> list:
     """Load an image file, or all in a folder and its subfolders: (3, h, w) each, in [0, 1].
 
-    What is broken, or has a side below `smallest`, is left out and named.  Images are cropped to
-    their middle, to a side at which all together take 0.5 GB at most.  Raises BadInput if none is
-    left.
+    A file that is broken, or has a side below `smallest`, is left out, and its name is printed.  Of
+    a large image, only the middle is kept.  How much depends on the number of images: all together
+    take 0.5 GB at most.  Raises BadInput if none is left.
     """
     path = Path(path)
     files = [path] if path.is_file() else image_files(path)
@@ -1611,7 +1659,8 @@ def save_checkpoint(path: Path, network: Module, net: str, arguments: dict):
 
 def with_weights(make, arguments, weights):
     """Return make(**arguments) with these weights; raises an exception if they do not fit."""
-    # First a trial, with weights that take no memory: it fails at once if the sizes are wrong.
+    # First a trial on the device "meta".  A network there has shapes, but takes no memory.  It
+    # fails at once if the weights of the file have other shapes.
     with torch.device("meta"):
         make(**arguments).load_state_dict(weights, assign=True)
     network = build_network(make, **arguments)
@@ -1622,7 +1671,9 @@ def with_weights(make, arguments, weights):
 def load_checkpoint(path: Path) -> Module:
     """Return the restoration network in a file of `train`, on the CPU; nothing in the file is run.
 
-    Raises BadInput if the file is anything else, or was written by the first edition
+    torch.save writes files with Python's pickle.  Such a file can hold commands, which run when the
+    "unpickler" loads it.  weights_only=True refuses them.
+        Raises BadInput if the file is anything else, or was written by the first edition
     of this project, whose networks did not add their input.
     """
     try:
@@ -1638,10 +1689,9 @@ def load_checkpoint(path: Path) -> Module:
 
 
 class Placeholder:
-    """Stands for whatever a checkpoint names that is no tensor and no plain container.
+    """Takes the place of a class that a checkpoint asks for, but that we do not want to run.
 
-    load_vqgan, below, uses it.  The unpickler, which loads Python's saved objects, calls both
-    methods; they do nothing.
+    load_vqgan, below, uses it.  The unpickler calls both methods; they do nothing.
     """
 
     def __init__(self, *arguments):
@@ -1654,7 +1704,8 @@ class Placeholder:
 def load_vqgan(path: Path) -> VQGAN:
     """Return the VQGAN in a file of `vqgan`, or in a published one, on the CPU.
 
-    Published ones are those of Esser et al. (2021) with latents 16 times smaller than the image.
+    Published ones are those of Esser et al. (2021) with latents 16 times smaller than the image
+    (called f = 16).
     They name classes of packages that are not installed here.  Each is replaced by a Placeholder,
     and nothing in the file is run.  Raises BadInput if the file holds no such VQGAN.
     """
@@ -1665,6 +1716,7 @@ def load_vqgan(path: Path) -> VQGAN:
         items = content["state_dict"].items()
         weights = {name: value for name, value in items if not name.startswith("loss.")}
         n_embed = len(weights["quantize.embedding.weight"])
+        # A published file has no "arguments": all are the defaults, except perhaps n_embed.
         arguments = content.get("arguments", {"n_embed": n_embed})
         vqgan = with_weights(VQGAN, arguments, weights)
     except Exception as problem:  # an unpickler fails in as many ways as files are damaged
@@ -1674,9 +1726,9 @@ def load_vqgan(path: Path) -> VQGAN:
     return vqgan
 
 
-# The commands.  Each docstring has three lines, which --help shows: what it does, its usage, and an
-# example.  The arguments are the command's options.  If it works on several files, it returns how
-# many of them failed.
+# The commands.  Each is a function run_NAME.  --help shows the three lines of its docstring: what
+# it does, its usage, and an example.  Its arguments are the command's options.  A function that
+# works on several files returns how many of them failed.
 
 
 def run_compare(backgrounds, few, many, net, rain, steps, seed, device, out):
@@ -1798,8 +1850,8 @@ def find_pairs(rainy_folder, clean_folder):
 
     rainy = keys(rainy_folder)
     clean = keys(clean_folder)
-    # Where one folder lies within the other, the outer one lists the files of both.  It has more,
-    # and those of the inner one are taken off.
+    # If one folder lies within the other, the outer list also holds the files of the inner folder.
+    # So it is the longer list, and the files that are in both lists are deleted from it.
     outer = max(rainy, clean, key=len)
     for file in rainy.keys() & clean.keys():
         del outer[file]
@@ -1864,7 +1916,7 @@ def run_evaluate(models, rainy, clean, device, output):
 
 
 def row_of_all(rows):
-    """Return the measures of one output over all pairs, from its row for each.
+    """Return the measures of one output over all pairs; rows holds one row for each pair.
 
     The sums of all pairs with rain are pooled, as if they were one set; for E_B, those of all
     pairs.  PSNR and SSIM are means over pairs; the infinite PSNR of an output that equals the clean
@@ -1902,7 +1954,8 @@ def add(parser, names, help, type=Path, **more):
 def options(steps=None, rain=None):
     """Return the options that commands share.
 
-    With steps, there are those of training; with rain, also the network and its rain.
+    steps: the default of --steps; if given, the options of training are there.
+    rain: the default of --rain; if given, --net and --rain are there, too.
     """
     parser = ArgumentParser(add_help=False)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -1982,8 +2035,10 @@ def main(arguments: list = sys.argv[1:]) -> int:
     """
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="replace")  # for names that the terminal cannot show
-    warnings.simplefilter("ignore")  # of Pillow and torch, about the files that they are given
-    # Without a command, the command is `compare`.
+    # Pillow and torch warn about some of the files that they are given; users need not see it.
+    warnings.simplefilter("ignore")
+    # If the first argument is an option, or there is none ("--" stands for it), no command was
+    # named.  Then the command is `compare`.  Only --help is left as it is.
     first = arguments[0] if arguments else "--"
     if first.startswith("--") and first != "--help":
         arguments = ["compare", *arguments]
