@@ -2,13 +2,16 @@
 
     python figures/claims.py                    every claim: trains what is missing, then reports
     python figures/claims.py few --seeds 2 --steps 20 --runs taste      a taste of one, in taste/
-    torchrun --nproc_per_node=2 figures/claims.py       the same on two cores, or more machines
+    torchrun --nproc_per_node=2 figures/claims.py       the same on two cores
+
+With more machines, all must share runs/.  If one process stops, stop all and start again.
+claims.md holds the seeds that were asked for; for others than its own, give --runs.
 
 Claims, panels, primary measures and seeds were fixed before the first run.
 
 1 runs       a Run is one training and its tests
 2 files      its result is a file in runs/, and is never done twice; runs.csv collects them all
-3 claims     what the paper says, as contrasts of measures that are above zero if it holds
+3 claims     what the paper says, as contrasts: differences of measures, above zero if it holds
 4 verdicts   from the 95 % interval of a contrast's mean over the seeds
 5 advice     what `derain.py train` should do if it is not told otherwise
 6 report     claims.md
@@ -73,8 +76,8 @@ UNTRAINED = {
 class Run:
     """One training and its tests: everything that their results depend on."""
 
-    net: str = "resnet"  # of derain.NETWORKS, "prior" or a control of it; or of UNTRAINED
-    channels: int = 16  # of a network of derain.NETWORKS
+    net: str = "resnet"  # of NETWORKS, UNTRAINED, or "prior", "from nothing", "no codebook"
+    channels: int = 16  # used only with a network of derain.NETWORKS
     images: str = "faces"  # of materials.PAINTERS, or the name of a set of photographs
     split: str = "seed"  # what is for training and what for tests, see images_of
     third: str = "any"  # as in derain.training_patches
@@ -85,12 +88,13 @@ class Run:
 
 
 def steps_of(run):
-    """Return the steps after which a run is measured: 200 and 2,400, or the same shares of less."""
+    """Return the steps after which a run is measured: a twelfth of all, and all (200 and 2,400)."""
     return sorted({ceil(run.steps / 12), run.steps})
 
 
 def tests_of(run):
     """Return the names of the degradations that a run is tested in."""
+    # Small rain is also tested with one factor changed, Gaussian noise in other noise.
     further = {"small": FACTORS, "gaussian": NOISE}
     kinds = ["unseen", *GROUP, run.trained_on, *further.get(run.trained_on, ()), "dry"]
     if not run.steps:
@@ -98,13 +102,14 @@ def tests_of(run):
     return list(dict.fromkeys(kinds))
 
 
-@lru_cache(4)  # the sets of images that are kept
+@lru_cache(4)  # keeps the last four sets, as drawing them takes time
 def images_of(images, split, seed, photographs):
     """Return images (3, h, w) to train on, and others to test on.
 
     A fifth of the drawn images, or a quarter of the photographs, is for tests.
-    Every third photograph, in the order of file names, is set aside: with the split "choice" it is
-    not used; with "check" these are the tests, and all others are for training.  "seed" uses all.
+    The first photograph and every third after it, in the order of file names, are set aside.  The
+    split "choice" does not use them.  "check" tests on them and trains on all others.  "seed" uses
+    all photographs, divided by the seed.
     """
     if images in PAINTERS:
         rngs = [derain.stream(seed, "backgrounds", i) for i in range(80)]
@@ -116,12 +121,12 @@ def images_of(images, split, seed, photographs):
         return others, photographs[::3]
     found = others if split == "choice" else photographs
     found = [found[i] for i in derain.stream(seed, "split").permutation(len(found))]
-    count = ceil(len(found) / 4)
+    count = max(1, len(found) // 4)
     return found[count:], found[:count]
 
 
 def make_network(run, training=()):
-    """Return the network of a run with its first weights; a prior is pre-trained on images."""
+    """Return the network of a run before its training; a prior is pre-trained on `training`."""
     if run.net in derain.NETWORKS:
         return derain.build_network(partial(derain.NETWORKS[run.net], run.channels), run.seed)
 
@@ -175,7 +180,7 @@ MEASURES = ("rain_left", "damage", "psnr")  # what the claims use
 
 
 def write(path, content):
-    """Write bytes to a file, whose name never stands for half of them."""
+    """Write bytes under another name, then rename the file, so that it is never half written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -203,9 +208,11 @@ def add_rows(table, rows):
     damaged = 0
     for row in rows:
         try:
+            # type(value) is str or int; in a csv, all cells are text.
             about = {key: type(value)(row.pop(key)) for key, value in asdict(Run()).items()}
             place = (Run(**about), row.pop("tested_on"), int(row.pop("step")))
-            # A cell is empty where nothing could be measured, and None where the line ends early.
+            # A cell is empty where nothing could be measured.  It is None where the line ends
+            # early; float(None) raises TypeError.
             table[place] = {name: float(cell) for name, cell in row.items() if cell != ""}
         except (ValueError, TypeError, AttributeError, KeyError):
             damaged += 1
@@ -216,12 +223,12 @@ def read_table(path):
     """Return the table in runs.csv; tell what is damaged."""
     table = {}
     text = path.read_text("utf-8", "replace") if path.exists() else ""
-    # The last line may be half of one, so that its last number only looks whole.
+    # A last line without an end may be cut inside a number: 2 may be left of 23.4.
     lines = [line for line in text.splitlines(True) if line.endswith("\n")]
-    damaged = add_rows(table, csv.DictReader(lines))
+    damaged = add_rows(table, csv.DictReader(lines, quoting=csv.QUOTE_NONE))
     lacking = {run for run, _, _ in table if not finished(table, run)}
-    if damaged or lacking:
-        print(f"{path}: {damaged} damaged lines, {len(lacking)} runs incomplete, thus missing")
+    if damaged or lacking or text and not table:
+        print(f"{path}: {damaged} damaged lines, {len(lacking)} runs incomplete, {len(table)} rows")
     return table
 
 
@@ -267,6 +274,8 @@ def do_runs(runs, table, folder, photographs):
             write(file_of(run, folder), json.dumps(rows).encode())
             add_rows(table, rows)
             print(f"{done} of {len(mine)}: {run}", flush=True)
+            if missing(run):
+                raise derain.BadInput("the training of this run diverged: it gave no number")
     for run in possible:
         while RANKS > 1 and missing(run):
             time.sleep(1)
@@ -344,7 +353,7 @@ def make_claims(photographs, steps=STEPS):
 
     first = steps_of(faces)[0]
     noise = replace(faces, trained_on="gaussian")
-    usual = replace(photos, split="choice", seed=90)
+    usual = replace(photos, split="choice", seed=90)  # 90 + 10 = 100: seeds of its own
     return {
         "few": Claim(
             "8 backgrounds beat 1,024 in unseen rain, when trained in small rain (Fig. 1, 4)",
@@ -411,7 +420,7 @@ def runs_of(claim):
 
 
 def seeded(runs, seeds):
-    """Return the runs with each of the seeds; a run's own seed is added, which keeps it apart."""
+    """Return the runs with each of the seeds, added to the run's own (0, or 90 in `advice`)."""
     return [replace(run, seed=run.seed + seed) for seed, run in product(seeds, runs)]
 
 
@@ -439,8 +448,9 @@ class Verdict(NamedTuple):
 def verdict(effects, photographs=False):
     """Return the verdict on a contrast, from its values in 2 to 10 seeds.
 
-    photographs: the seeds share the same images, so they are not independent.  The variance of the
-    mean is then (1 / n + 6 / 18) s^2 (Nadeau & Bengio 2003), for 6 images to test and 18 to train.
+    photographs: the seeds share the same images, so they are not independent.  With s^2, the
+    variance of the values, that of their mean is then estimated by (1 / n + 6 / 18) s^2, where 6 of
+    24 photographs are for tests and 18 for training (Nadeau & Bengio 2003).
     """
     n = len(effects)
     mean = np.mean(effects)
@@ -465,7 +475,7 @@ def measured(table, run, test, step, seeds):
 
 
 def judge(table, terms, seeds):
-    """Return the verdict on a contrast by each of the MEASURES; rain left counts by its size."""
+    """Return the verdict on a contrast by each of the MEASURES; of rain left, its size counts."""
     effects = 0
     for term in terms:
         found = measured(table, term.run, term.test, term.step, seeds)
@@ -496,10 +506,10 @@ def score(table, run, seeds):
 
 def add_check(claims, table, seeds):
     """Add the claim "check", on the best setting and the usual one, once the choice is possible."""
-    usual, *settings = claims["advice"].shown
-    if whole(table, [usual, *settings], seeds):
+    settings = claims["advice"].shown
+    if whole(table, settings, seeds):
         best = max(settings, key=lambda run: score(table, run, seeds))
-        shown = [replace(run, split="check") for run in (best, usual)]
+        shown = [replace(run, split="check") for run in (best, settings[0])]
         statement = f"{label(best)}: the best of `advice`, on the photographs that were set aside"
         claims["check"] = Claim(statement, {}, shown=shown)
 
@@ -511,19 +521,23 @@ INTRODUCTION = """\
 
 Written by claims.py from runs.csv, for the seeds {seeds.start} to {last}.
 
-{count} verdicts.  If no effect existed, 5 % of them, {chance:.1f}, would be decided all the same.
+{count} verdicts.  If no effect existed, about 5 % of them, {chance:.1f}, would still be
+*reproduced* or *opposite*.
 
 A panel is a contrast: how much better one training is than another, or how much more so here than
 there.  It is oriented so that the claim holds above zero, and stands as the mean over the seeds ±
-half of its 95 % interval.  Rain left (%) enters as -|rain left|, damage (grey levels) as -damage,
-so that more is better in every column.  The claim's primary measure, fixed before the first run,
-decides: *reproduced* above zero, *opposite* below, *undecided* if the interval contains it.  The
-last columns hold the primary measure in the three rains of the paper's group.  The second table of
-a claim holds means over the seeds; where there is no rain (dry), rain left is not a number (nan).
-There, "mean PSNR" is that over `unseen`, `group medium` and `group large`.
+half the width of its 95 % interval.  Rain left (%) enters as -|rain left|, damage (grey levels) as
+-damage, so that more is better in every column.  The claim's primary measure, fixed before the
+first run, decides: *reproduced* above zero, *opposite* below, *undecided* if the interval contains
+it.  The last columns hold the primary measure in the three rains of the paper's group; they are
+empty where a panel is not tested in `unseen`.  The second table of a claim holds means over the
+seeds; where there is no rain (dry), rain left is not a number (nan).  There, "mean PSNR" is that
+over `unseen`, `group medium` and `group large`.  "resnet 16, faces, 64 low, medium" is a ResNet of
+16 channels (a prior has its own number), trained on the 64 least sharp of 192 faces in medium rain.
 
-A seed changes all at once: images, patches, first weights, rain, tests.  What a panel compares
-shares all of these but what the panel names.  Photographs are the same in every seed, and only
+A seed changes all at once: images, patches, first weights, rain, tests.  The runs of a panel share
+all of these, and differ only in what the panel or its claim names.  With "any", the 8 backgrounds
+are among the 1,024; with "low" they are not.  Photographs are the same in every seed, and only
 divided anew: their intervals use the variance of Nadeau & Bengio (2003), and say nothing of other
 photographs.  Panels share seeds and runs, so they are not independent.
 """
@@ -533,12 +547,13 @@ The prior was pre-trained on clean images, at first without its codebook; codebo
 then frozen, and the encoder learns by L1 and by the distance from the codes of the clean image.
 Control "from nothing" has the same parts, but none is pre-trained and all are trained, by L1 and
 the loss of the codebook; unused codes are not replaced.  Control "no codebook" differs in the
-codebook alone: latents pass unquantized, in pre-training and after it.  The ResNet differs in all
-of this, has fewer parameters, and a learning rate four times as high.
+codebook alone: latents pass unquantized, in pre-training and after it.  The ResNet was not
+pre-trained, adds its input to its output, has fewer parameters, and a learning rate four times as
+high.  Pre-training takes more steps than the training after it, on all training images.
 """,
     "advice": """
 Each setting was trained on photographs without every third of them, in the order of file names,
-with other seeds, from 100 on (90 is added to those above).  The best is chosen by the mean PSNR in
+with other seeds (90 is added to those above).  The best is chosen by the mean PSNR in
 `unseen`, `group medium` and `group large`: for it, none of these is unseen any more.
 """,
     "check": """
@@ -650,7 +665,7 @@ def figure_balance(table, runs, seeds):
 
 
 def figure_advice(table, runs, seeds):
-    """Draw rain left against damage of each run; a point is the run's number in the legend."""
+    """Draw rain left against damage; each run is drawn as its number in the legend."""
     figure = Figure((15, 5), layout="constrained")
     figure.suptitle("Photographs: what a training leaves of the rain, and what it damages")
     grid = figure.subplots(1, len(CHOSEN_BY))
@@ -742,6 +757,7 @@ def main():
     table = read_table(out / "runs.csv")
 
     photographs = tuple(derain.load_images(args.backgrounds, 96)) if args.backgrounds else ()
+    # Without photographs: the set with the most rows.
     known = [run.images for run, _, _ in table if run.images not in PAINTERS]
     images = max(known, key=known.count, default="photographs")
     if photographs:
@@ -750,8 +766,8 @@ def main():
 
     claims = make_claims(images, args.steps)
     wanted = args.claims or list(claims)
-    if args.steps < 1 or set(wanted) - claims.keys():
-        parser.error(f"steps are above 0, and the claims are {', '.join(claims)}")
+    if args.steps < 1 or set(wanted) - claims.keys() or len(photographs) in (1, 2):
+        parser.error(f"steps > 0, 3 photographs or more, and claims out of {', '.join(claims)}")
     seeds = range(args.first, args.first + args.seeds)
     runs = []
     for name in wanted:
@@ -764,10 +780,12 @@ def main():
     if RANK:
         return
 
-    lines, figures = report(table, claims, wanted, seeds)
+    lines, figures = report(table, claims, [*wanted, "check"], seeds)
     if not lines:
-        print("nothing is finished, so nothing was written; --backgrounds PATH gives photographs")
+        print("no claim has all its runs, so no report; --backgrounds PATH gives photographs")
         return
+    write_table(table, out / "runs.csv")
+    write(out / "claims.md", "\n".join([*lines, ""]).encode())
     if "check" in claims:
         runs = seeded(claims["check"].shown, seeds[:1])
         if photographs and all(file_of(run, folder, "pt").exists() for run in runs):
@@ -776,8 +794,6 @@ def main():
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110, metadata={"Software": None})
         write(out / f"{name}.png", picture.getvalue())
-    write_table(table, out / "runs.csv")
-    write(out / "claims.md", "\n".join([*lines, ""]).encode())
     print(f"wrote claims.md and {', '.join(figures)} in {out}")
 
 

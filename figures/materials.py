@@ -56,6 +56,7 @@ def draw_dead_leaves(size: int, rng: Generator) -> np.ndarray:
     scene = rng.uniform(0.2, 0.7) + rng.normal(0, 0.08, 3)
     smallest = 2.5 * 4 ** rng.random()
     largest = size / 2 + 10
+    # The mean of pi r^2 under the density r^-3.
     mean_area = 2 * pi * log(largest / smallest) / (smallest**-2 - largest**-2)
     count = ceil(8 * (size + 2 * smallest) ** 2 / mean_area)
 
@@ -147,7 +148,7 @@ def draw_manga(size: int, rng: Generator) -> np.ndarray:
 
 
 def repeat(place, count):
-    """Return coordinates from -0.5 to 0.5, `count` times where `place` runs from 0 to 1."""
+    """Return coordinates that run from -0.5 to 0.5 `count` times while `place` runs from 0 to 1."""
     return place * count % 1 - 0.5
 
 
@@ -159,7 +160,7 @@ def paint_building(image, x, y, depth, rng):
     width = rng.uniform(0.45, 0.9)
     u = (x - rng.uniform(-0.2, 0.7)) / width  # from 0 at its left to 1 at its right
     v = (y - 0.55) * (1 + rng.uniform(-0.5, 0.5) * (u - 0.5))  # the storeys converge to one side
-    v += 0.55 - rng.uniform(-0.1, 0.5) + 0.1 * depth  # below 0 is above the roof
+    v += 0.55 - rng.uniform(-0.1, 0.5) + 0.1 * depth  # 0 at the roof, below 0 above it
     soft = 1.5 / (width * len(x))
     body = inside(np.maximum(abs(u - 0.5) - 0.5, -v), soft)
 
@@ -294,7 +295,7 @@ def add_group_rain(rain: GroupRain, dry: float, clean: Tensor, rng: Generator) -
     kernels = (point, lines, group_gaussians(from_numpy(side)))
 
     margin = sum(kernel.shape[-1] - 1 for kernel in kernels)
-    canvas = [ceil((side + margin) / 16) * 16 for side in (height, width)]
+    canvas = [ceil((edge + margin) / 16) * 16 for edge in (height, width)]
     noise = from_numpy(rng.random((n, *canvas), np.float32))
     threshold = from_numpy(1 - amount / 10_000)[:, None, None]
     # As in derain.rain_layers, to filter is to multiply Fourier transforms.
