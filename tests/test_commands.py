@@ -106,7 +106,7 @@ def test_train_and_restore(call, twice, photos, tmp_path):
     assert "2 of 2 steps" in printed and "on 1 images" in printed  # of 6
     rows = table(printed)
     assert [row["output"] for row in rows] == 2 * ["rainy", "opening_5", "opening_7", "resnet"]
-    assert [row["rain"] for row in rows] == 4 * ["medium"] + 4 * ["unseen"]
+    assert [row["rain"] for row in rows] == 4 * ["large"] + 4 * ["unseen"]
     assert rows[0]["rain_left"] == rows[4]["rain_left"] == "100.00"
 
     call("restore", file, photos / "photo0.png", "-o", tmp_path)
