@@ -270,10 +270,10 @@ def do_runs(runs, table, folder, photographs):
     mine = possible[RANK::RANKS]
     for done, run in enumerate(mine, 1):
         if missing(run):
+            print(f"{done} of {len(mine)}: {run}", flush=True)
             rows = measure(run, folder, photographs)
             write(file_of(run, folder), json.dumps(rows).encode())
             add_rows(table, rows)
-            print(f"{done} of {len(mine)}: {run}", flush=True)
             if missing(run):
                 raise derain.BadInput("the training of this run diverged: it gave no number")
     for run in possible:
@@ -638,7 +638,7 @@ def figure_verdicts(results):
     axes.set_yticks(range(len(results)), results)
     axes.invert_yaxis()
     axes.set(
-        title="The claim holds right of 0.  Blue: reproduced, orange: opposite, grey: undecided",
+        title="The claim holds right of 0.\nBlue: reproduced, orange: opposite, grey: undecided",
         xlabel="mean contrast and its 95 % interval, in % of the rain or in dB",
         xscale="symlog",
     )
