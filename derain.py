@@ -809,8 +809,7 @@ def ssim(output: Tensor, clean: Tensor) -> float:
 
     It compares local brightness, contrast and pattern, and is 1 for equal images.
     x is the output, y the clean image.  Means m, variances v and the covariance c are those of the
-    pixels under a window of 11 x 11 with Gaussian weights of sigma 1.5 and sum 1.  The similarity
-    is
+    pixels under a window of 11 x 11 with Gaussian weights of sigma 1.5 and sum 1.  Similarity is
         (2 m_x m_y + C1) (2 c + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2)),
     in each channel, averaged over all places where the window fits, and over the images.  The parts
     with m compare brightness, those with c and v contrast and pattern.  C1 = 0.01^2 and

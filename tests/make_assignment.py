@@ -132,6 +132,7 @@ def write_plugin() -> None:
     folder.mkdir(exist_ok=True)
     (folder / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: grader\nVersion: 0\n")
     (folder / "entry_points.txt").write_text("[pytest11]\ngrader = tests.grader\n")
+    print(f"wrote {folder}, by which pytest knows --module")
 
 
 def main() -> int:
