@@ -1,11 +1,12 @@
 """Which of the paper's claims hold here?  Trainings, verdicts, figures, and figures/claims.md.
 
     python figures/claims.py                    every claim: trains what is missing, then reports
-    python figures/claims.py few --seeds 2 --steps 20 --runs taste      a taste of one, in taste/
+    python figures/claims.py few --seeds 2 --steps 20 --runs trial      one, short, in trial/
     torchrun --nproc_per_node=2 figures/claims.py       the same on two cores
 
-With more machines, all must share runs/.  If one process stops, stop all and start again.
-claims.md holds the seeds that were asked for; for others than its own, give --runs.
+With more machines, all must share runs/.  If one process stops, stop all and start again, as the
+others would wait for its results.  A call with other seeds overwrites claims.md, unless --runs
+names another folder.
 
 Claims, panels, primary measures and seeds were fixed before the first run.
 
@@ -19,7 +20,8 @@ Claims, panels, primary measures and seeds were fixed before the first run.
 8 command    what is asked for
 
 In what follows, table[run, test, step] is a dict of what a run measured in a test after a step.
-`photographs` is a tuple of images (3, h, w), which is empty if none were given.
+`photographs` is a tuple of images (3, h, w), empty if none were given; in section 3 it is the name
+of their set.
 """
 
 import csv
@@ -76,7 +78,7 @@ UNTRAINED = {
 class Run:
     """One training and its tests: everything that their results depend on."""
 
-    net: str = "resnet"  # of NETWORKS, UNTRAINED, or "prior", "from nothing", "no codebook"
+    net: str = "resnet"  # in derain.NETWORKS or UNTRAINED; "prior", "from nothing", "no codebook"
     channels: int = 16  # used only with a network of derain.NETWORKS
     images: str = "faces"  # of materials.PAINTERS, or the name of a set of photographs
     split: str = "seed"  # what is for training and what for tests, see images_of
@@ -94,22 +96,21 @@ def steps_of(run):
 
 def tests_of(run):
     """Return the names of the degradations that a run is tested in."""
-    # Small rain is also tested with one factor changed, Gaussian noise in other noise.
+    if not run.steps:
+        return [*RAIN, *GROUP, *NOISE, "dry"]
+    # After small rain, one factor is changed in further tests; after Gaussian noise, the noise.
     further = {"small": FACTORS, "gaussian": NOISE}
     kinds = ["unseen", *GROUP, run.trained_on, *further.get(run.trained_on, ()), "dry"]
-    if not run.steps:
-        kinds = [*RAIN, *GROUP, *NOISE, "dry"]
-    return list(dict.fromkeys(kinds))
+    return list(dict.fromkeys(kinds))  # each once
 
 
 @lru_cache(4)  # keeps the last four sets, as drawing them takes time
 def images_of(images, split, seed, photographs):
     """Return images (3, h, w) to train on, and others to test on.
 
-    A fifth of the drawn images, or a quarter of the photographs, is for tests.
-    The first photograph and every third after it, in the order of file names, are set aside.  The
-    split "choice" does not use them.  "check" tests on them and trains on all others.  "seed" uses
-    all photographs, divided by the seed.
+    A fifth of the drawn images is for tests.  Of photographs, a quarter is, which the seed picks.
+    Every third photograph, beginning with the first in the order of file names, is set aside: the
+    split "choice" does without these, "check" tests on these and trains on all others.
     """
     if images in PAINTERS:
         rngs = [derain.stream(seed, "backgrounds", i) for i in range(80)]
@@ -141,9 +142,10 @@ def make_network(run, training=()):
 
 
 def measure(run, folder, photographs=()):
-    """Train as a run says; test on 16 patches of 96 x 96 pixels; return a row for each test.
+    """Train as a run says; test on 16 patches of 96 x 96 pixels.
 
-    The weights are kept in the folder; default.png is drawn with them.
+    Returns a row for each test after each of steps_of(run).  Trained weights are written to the
+    folder; default.png is drawn with them.
     """
     training, held_out = images_of(run.images, run.split, run.seed, photographs)
     clean = derain.sample_patches(held_out, 16, 96, derain.stream(run.seed, "test patches"))
@@ -183,7 +185,7 @@ def write(path, content):
     """Write bytes under another name, then rename the file, so that it is never half written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def file_of(run, folder, suffix="json"):
@@ -220,11 +222,11 @@ def add_rows(table, rows):
 
 
 def read_table(path):
-    """Return the table in runs.csv; tell what is damaged."""
+    """Return the table in runs.csv; print how much of it is damaged."""
     table = {}
-    text = path.read_text("utf-8", "replace") if path.exists() else ""
+    text = path.read_text("utf-8-sig", "replace") if path.exists() else ""
     # A last line without an end may be cut inside a number: 2 may be left of 23.4.
-    lines = [line for line in text.splitlines(True) if line.endswith("\n")]
+    lines = text.rpartition("\n")[0].splitlines()
     damaged = add_rows(table, csv.DictReader(lines, quoting=csv.QUOTE_NONE))
     lacking = {run for run, _, _ in table if not finished(table, run)}
     if damaged or lacking or text and not table:
@@ -294,7 +296,10 @@ class Term(NamedTuple):
 
 
 def better(first, second, test="unseen", step=0):
-    """Return the contrast that is above zero if the first run is better; step 0 is the last."""
+    """Return the contrast that is above zero if the first run is better.
+
+    step: after which both are measured, 0 for the last.
+    """
     step = step or first.steps
     return [Term(1, first, test, step), Term(-1, second, test, step)]
 
@@ -353,7 +358,8 @@ def make_claims(photographs, steps=STEPS):
 
     first = steps_of(faces)[0]
     noise = replace(faces, trained_on="gaussian")
-    usual = replace(photos, split="choice", seed=90)  # 90 + 10 = 100: seeds of its own
+    # `seeded` adds 10 to 14, so these seeds are 100 to 104, and no other claim has them.
+    usual = replace(photos, split="choice", seed=90)
     return {
         "few": Claim(
             "8 backgrounds beat 1,024 in unseen rain, when trained in small rain (Fig. 1, 4)",
@@ -405,7 +411,7 @@ def make_claims(photographs, steps=STEPS):
 
 
 def with_untrained(runs):
-    """Return runs, each once; then the rainy images and the openings, on the same images."""
+    """Return the runs, then for each the UNTRAINED on the same images; no run twice."""
     empty = dict(channels=16, third="any", n=0, trained_on="", steps=0)
     untrained = [replace(run, net=net, **empty) for run, net in product(runs, UNTRAINED)]
     return list(dict.fromkeys(runs + untrained))
@@ -450,7 +456,8 @@ def verdict(effects, photographs=False):
 
     photographs: the seeds share the same images, so they are not independent.  With s^2, the
     variance of the values, that of their mean is then estimated by (1 / n + 6 / 18) s^2, where 6 of
-    24 photographs are for tests and 18 for training (Nadeau & Bengio 2003).
+    24 photographs are for tests and 18 for training (Nadeau & Bengio 2003).  For other numbers from
+    4 on, the ratio is 1 / 3 or less, so that the interval is not too short.
     """
     n = len(effects)
     mean = np.mean(effects)
@@ -463,7 +470,7 @@ def verdict(effects, photographs=False):
 
 
 def measured(table, run, test, step, seeds):
-    """Return what a run measured in a test after a step, (seeds, measures); NaN if it did not.
+    """Return what a run measured in a test after a step, (seeds, measures); NaN where no value is.
 
     What was not trained is measured at step 0, which stands for every step.
     """
@@ -475,7 +482,7 @@ def measured(table, run, test, step, seeds):
 
 
 def judge(table, terms, seeds):
-    """Return the verdict on a contrast by each of the MEASURES; of rain left, its size counts."""
+    """Return the verdict on a contrast by each of the MEASURES; rain left without its sign."""
     effects = 0
     for term in terms:
         found = measured(table, term.run, term.test, term.step, seeds)
@@ -486,12 +493,12 @@ def judge(table, terms, seeds):
 
 # ---- 5  Advice: what should `derain.py train` do if it is not told otherwise? -------------------
 
-# The choice is by the mean PSNR in these, so for the chosen one no rain is unseen any more.
+# The choice is by the mean PSNR in these.
 CHOSEN_BY = ("unseen", "group medium", "group large")
 
 
 def settings_of(usual):
-    """Return the ten settings to choose from; usual: 1,024 backgrounds, any, in small rain."""
+    """Return ten settings; the choice is among these and the usual (1,024, any, in small rain)."""
     low = replace(usual, third="low")
     settings = []
     for rain, net, n in product(("medium", "large"), ("resnet", "unet"), (64, MANY)):
@@ -524,22 +531,23 @@ Written by claims.py from runs.csv, for the seeds {seeds.start} to {last}.
 {count} verdicts.  If no effect existed, about 5 % of them, {chance:.1f}, would still be
 *reproduced* or *opposite*.
 
-A panel is a contrast: how much better one training is than another, or how much more so here than
-there.  It is oriented so that the claim holds above zero, and stands as the mean over the seeds ±
+A panel is a contrast: how much better one training is than another, or the difference of two such
+gains.  It is oriented so that the claim holds above zero, and stands as the mean over the seeds ±
 half the width of its 95 % interval.  Rain left (%) enters as -|rain left|, damage (grey levels) as
 -damage, so that more is better in every column.  The claim's primary measure, fixed before the
-first run, decides: *reproduced* above zero, *opposite* below, *undecided* if the interval contains
-it.  The last columns hold the primary measure in the three rains of the paper's group; they are
-empty where a panel is not tested in `unseen`.  The second table of a claim holds means over the
-seeds; where there is no rain (dry), rain left is not a number (nan).  There, "mean PSNR" is that
-over `unseen`, `group medium` and `group large`.  "resnet 16, faces, 64 low, medium" is a ResNet of
-16 channels (a prior has its own number), trained on the 64 least sharp of 192 faces in medium rain.
+first run, decides: *reproduced* if the interval lies above zero, *opposite* if below, *undecided*
+if it contains zero.  The last columns hold the primary measure in the three rains of the paper's
+group; they are empty where a panel is not tested in `unseen`.  The second table of a claim holds
+means over the seeds; where there is no rain (dry), rain left is not a number (nan).  There, "mean
+PSNR" is that over `unseen`, `group medium` and `group large`.  "resnet 16, faces, 64 low, medium"
+is a ResNet of 16 channels, trained on the 64 least sharp of 192 patches of faces in medium rain.
+(For the prior and its controls, the 16 means nothing.)
 
 A seed changes all at once: images, patches, first weights, rain, tests.  The runs of a panel share
 all of these, and differ only in what the panel or its claim names.  With "any", the 8 backgrounds
-are among the 1,024; with "low" they are not.  Photographs are the same in every seed, and only
-divided anew: their intervals use the variance of Nadeau & Bengio (2003), and say nothing of other
-photographs.  Panels share seeds and runs, so they are not independent.
+are among the 1,024; with "low" they are not.  Photographs are the same in every seed; only which of
+them are for tests changes: their intervals use the variance of Nadeau & Bengio (2003), and say
+nothing of other photographs.  Panels share seeds and runs, so they are not independent.
 """
 NOTES = {
     "prior": """
@@ -552,10 +560,10 @@ pre-trained, adds its input to its output, has fewer parameters, and a learning 
 high.  Pre-training takes more steps than the training after it, on all training images.
 """,
     "advice": """
-Each setting was trained on photographs without every third of them, in the order of file names,
-with other seeds (90 is added to those above).  The best is chosen by the mean PSNR in
-`unseen`, `group medium` and `group large`: for it, none of these is unseen any more.  SwinIR was
-not among the settings, as it takes four times as long.
+Every third photograph was set aside.  The settings were trained on three quarters of the others,
+and tested on the rest, with other seeds (90 is added to those above).  The best is chosen by the
+mean PSNR in `unseen`, `group medium` and `group large`: for it, none of these is unseen any more.
+SwinIR was not among the settings, as it takes four times as long.
 """,
     "check": """
 The chosen setting and the usual one, trained on the same photographs, and tested on those that were
@@ -635,7 +643,7 @@ def figure_verdicts(results):
     for i, found in enumerate(results.values()):
         axes.errorbar(found.mean, i, xerr=found.half, fmt="o", color=COLOURS[found.word])
     axes.axvline(0, color="black")
-    axes.set_yticks(range(len(results)), results)
+    axes.set_yticks(range(len(results)), list(results))
     axes.invert_yaxis()
     axes.set(
         title="The claim holds right of 0.\nBlue: reproduced, orange: opposite, grey: undecided",
@@ -680,8 +688,11 @@ def figure_advice(table, runs, seeds):
 
 
 def figure_default(runs, folder, photographs):
-    """Draw a photograph that was set aside, in rain and dry, through the chosen and the usual."""
-    clean = photographs[::3][:3][-1][None, :, :320, :320]  # the third of those
+    """Draw a photograph that was set aside, in rain and dry, and what is made of it.
+
+    By the opening, and by the networks of two runs: the chosen training and the usual one.
+    """
+    clean = photographs[::3][:3][-1][None, :, :320, :320]  # the third, if there is one
     rainy = degradation("unseen")(clean, derain.stream(0, "default"))
     figure = Figure((10, 5.8), layout="constrained")
     for line, kind, image in zip(
@@ -728,13 +739,12 @@ def report(table, claims, wanted, seeds):
         figures["balance"] = figure_balance(table, claims["balance"].shown, seeds)
     if "check" in claims:
         figures["advice"] = figure_advice(table, runs_of(claims["advice"]), seeds)
+    introduction = INTRODUCTION.format(
+        seeds=seeds, last=seeds[-1], count=len(results), chance=len(results) / 20
+    )
     if results:
-        count = len(results)
-        lines.insert(
-            0, INTRODUCTION.format(seeds=seeds, last=seeds[-1], count=count, chance=count / 20)
-        )
         figures["verdicts"] = figure_verdicts(results)
-    return lines, figures
+    return lines and [introduction, *lines], figures
 
 
 def main():
@@ -743,12 +753,12 @@ def main():
     add = parser.add_argument
     add("claims", nargs="*", help="few, steps, ..., noise, advice; without, all of them")
     add("--seeds", type=int, default=5, choices=range(2, 11), help="number of seeds, 2 to 10 (5)")
-    add("--first", type=int, default=10, help="the first of them (10)")
+    add("--first", type=derain.whole_number, default=10, help="the first of them (10)")
     add(
         "--steps",
-        type=int,
+        type=derain.positive,
         default=STEPS,
-        help="of each training (2400); with others, figures/ stays as it is",
+        help="of each training (2400); with another number, all is written to runs/",
     )
     add("--backgrounds", help="folder of photographs, for the panels on photographs")
     add("--runs", type=Path, help="folder for all that is written, in place of runs/ and figures/")
@@ -769,8 +779,8 @@ def main():
 
     claims = make_claims(images, args.steps)
     wanted = args.claims or list(claims)
-    if args.steps < 1 or set(wanted) - claims.keys() or len(photographs) in (1, 2):
-        parser.error(f"steps > 0, 3 photographs or more, and claims out of {', '.join(claims)}")
+    if set(wanted) - claims.keys() or 0 < len(photographs) < 4:
+        parser.error(f"give 4 photographs or more, and claims out of {', '.join(claims)}")
     seeds = range(args.first, args.first + args.seeds)
     runs = []
     for name in wanted:
@@ -790,9 +800,9 @@ def main():
     write_table(table, out / "runs.csv")
     write(out / "claims.md", "\n".join([*lines, ""]).encode())
     if "check" in claims:
-        runs = seeded(claims["check"].shown, seeds[:1])
-        if photographs and all(file_of(run, folder, "pt").exists() for run in runs):
-            figures["default"] = figure_default(runs, folder, photographs)
+        pair = seeded(claims["check"].shown, seeds[:1])
+        if photographs and all(file_of(run, folder, "pt").exists() for run in pair):
+            figures["default"] = figure_default(pair, folder, photographs)
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
     print(f"wrote claims.md and {', '.join(figures)} in {out}")
@@ -801,7 +811,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (derain.BadInput, OSError) as problem:
+    except (derain.BadInput, OSError, csv.Error) as problem:
         print("claims.py:", problem, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -50,7 +50,7 @@ def draw_dead_leaves(size: int, rng: Generator) -> np.ndarray:
     """Draw dead leaves: discs that hide one another, as things do in photographs.
 
     The density of their radii r is r^-3, so that there is as much to see at any scale (Lee,
-    Mumford & Huang 2001).  There are enough discs to cover the canvas eight times.
+    Mumford & Huang 2001).  On average a pixel is covered five to six times.
     """
     image = np.zeros((3, size, size), np.float32)
     scene = rng.uniform(0.2, 0.7) + rng.normal(0, 0.08, 3)
@@ -61,7 +61,7 @@ def draw_dead_leaves(size: int, rng: Generator) -> np.ndarray:
     count = ceil(8 * (size + 2 * smallest) ** 2 / mean_area)
 
     for _ in range(count):
-        share = rng.random()  # of all discs that are smaller
+        share = rng.random()  # the share of discs that are smaller than this one
         radius = (smallest**-2 * (1 - share) + largest**-2 * share) ** -0.5
         centre_x, centre_y = rng.uniform(-radius, size + radius, 2)
         # Only the part of the image where the disc is has to be painted.
@@ -113,8 +113,8 @@ def manga_panel(x, y, rng):
     # The hero: a blob with a shadow of dots at one side.
     wobble = np.sin(rng.integers(3, 9) * angle + rng.uniform(0, 6))
     outline = radius - rng.uniform(22, 42) * (1 + 0.12 * wobble)
-    lit = np.sin(angle + rng.uniform(0, 6)) > 0
-    shadow = screentone(x, y, rng.uniform(4, 7), 0.25) * lit
+    dark = np.sin(angle + rng.uniform(0, 6)) > 0
+    shadow = screentone(x, y, rng.uniform(4, 7), 0.25) * dark
     ink = np.where(outline < 0, shadow, ink)
     ink = np.maximum(ink, ink_line(outline, rng.uniform(2, 4)))
 
@@ -136,11 +136,11 @@ def draw_manga(size: int, rng: Generator) -> np.ndarray:
 
     page = np.zeros((size, size), np.float32)
     for side in (-1, 1):
-        for level in (-1, 1):
-            frame = np.maximum(4 - side * (x - gutter_x), 4 - level * (y - gutter_y))
+        for above in (-1, 1):
+            frame = np.maximum(4 - side * (x - gutter_x), 4 - above * (y - gutter_y))
             frame = np.maximum(frame, border)
             middle_x = gutter_x.mean() + side * rng.uniform(40, 80)
-            middle_y = gutter_y + level * rng.uniform(40, 80)
+            middle_y = gutter_y + above * rng.uniform(40, 80)
             drawing = manga_panel(x - middle_x, y - middle_y, rng)
             page = np.maximum(page, drawing * inside(frame, MANGA_SOFT))
             page = np.maximum(page, ink_line(frame, 2.5))
@@ -160,7 +160,7 @@ def paint_building(image, x, y, depth, rng):
     width = rng.uniform(0.45, 0.9)
     u = (x - rng.uniform(-0.2, 0.7)) / width  # from 0 at its left to 1 at its right
     v = (y - 0.55) * (1 + rng.uniform(-0.5, 0.5) * (u - 0.5))  # the storeys converge to one side
-    v += 0.55 - rng.uniform(-0.1, 0.5) + 0.1 * depth  # 0 at the roof, below 0 above it
+    v += 0.55 - rng.uniform(-0.1, 0.5) + 0.1 * depth  # 0 at the roof, negative above it
     soft = 1.5 / (width * len(x))
     body = inside(np.maximum(abs(u - 0.5) - 0.5, -v), soft)
 
@@ -214,10 +214,10 @@ def draw_background(category: str, size: int, rng: Generator) -> Tensor:
 
 
 class GroupRain(NamedTuple):
-    """The intervals (low, high) from which the rain of each image is drawn, ends included."""
+    """What the rain of each image is drawn from: intervals (low, high), and a list of widths."""
 
     amount: tuple[int, int]  # seeds per 10,000 pixels
-    widths: tuple[int, ...]  # side of the Gaussian's kernel in pixels, one of these
+    widths: tuple[int, ...]  # of these, the side of the Gaussian's kernel in pixels
     length: tuple[int, int]  # of the line, in whole pixels
     direction: tuple[int, int]  # whole degrees from vertical; a positive streak leans like "/"
 
@@ -225,7 +225,7 @@ class GroupRain(NamedTuple):
 # From a fork of BasicSR by one of the authors (zhiyuanyou/BasicSR, branches on deraining).
 GROUP = {
     "group small": GroupRain((20, 40), (1, 3), (25, 35), (-10, 10)),
-    "group medium": GroupRain((50, 70), (3, 5, 5, 7), (35, 45), (-30, 30)),
+    "group medium": GroupRain((50, 70), (3, 5, 5, 7), (35, 45), (-30, 30)),  # 5 twice as often
     "group large": GroupRain((80, 100), (7, 9), (45, 55), (-60, 60)),
 }
 DRY = 0.1  # share of the training images that get no rain
@@ -244,8 +244,8 @@ def group_lines(length: Tensor, direction: Tensor, radius: int) -> Tensor:
     """Return lines (n, k, k) through the middle, 1 pixel thick, where k = 2 radius + 1.
 
     length: (n,), in pixels.  direction: (n,), in degrees from vertical.
-    In the group's code, a line is the diagonal of a square, turned; so theirs are longer, by up to
-    a factor of sqrt(2), at directions near 45 degrees.
+    The group's code draws the diagonal of a square and turns it.  So, near 45 degrees, its lines
+    are longer, by up to a factor of sqrt(2).
     """
     angle = torch.deg2rad(direction)[:, None, None]
     x = arange(-radius, radius + 1)
@@ -276,8 +276,8 @@ def add_group_rain(rain: GroupRain, dry: float, clean: Tensor, rng: Generator) -
     dry: the chance that an image gets no rain.
     Order of the draws: n amounts, n widths, n lengths, n directions, n weights, n chances to stay
     dry; then the noise (n, *canvas) in float32.  The canvas is larger than the image by the sides
-    of the three kernels less one each, then rounded up to multiples of 16; the image is its part
-    after these margins.
+    of the three kernels less one each, then rounded up to multiples of 16.  The image is the part
+    of it that begins at (margin, margin).
     """
     n, _, height, width = clean.shape
     amount = rng.uniform(*rain.amount, n)
@@ -343,7 +343,7 @@ def correlated(clean: Tensor, rng: Generator) -> Tensor:
 
 
 def salt_and_pepper(clean: Tensor, rng: Generator) -> Tensor:
-    """Turn some pixels of images (n, 3, h, w) black, as many white."""
+    """Turn some pixels of images (n, 3, h, w) black or white, with equal chances."""
     n, _, height, width = clean.shape
     share = level(SALT, n, rng)
     chance = from_numpy(rng.random((n, 1, height, width), np.float32))
@@ -358,7 +358,7 @@ RAIN = {**derain.RAIN, **FACTORS}
 def degradation(name: str, training: bool = False) -> Callable:
     """Return a function degrade(clean, rng): a rain, a noise, or "dry", which changes nothing.
 
-    training: leave some images without rain, where the recipe says so.
+    training: in the group's rain, leave a share DRY of the images without rain.
     """
     if name == "dry":
         return lambda clean, rng: clean
@@ -371,7 +371,7 @@ def degradation(name: str, training: bool = False) -> Callable:
 
 
 class FromNothing(derain.VQGANPrior):
-    """Control (a): the prior's network, but nothing was pre-trained, and all parts are trained.
+    """Control: the prior's network, but nothing was pre-trained, and all parts are trained.
 
     Its loss is L1 and the loss of the codebook, as there is no teacher to ask.
     """
@@ -388,7 +388,7 @@ class FromNothing(derain.VQGANPrior):
 
 
 class NoCodebook(derain.Codebook):
-    """Control (b): stands in a VQGAN where the codebook was, and passes the latent on unchanged.
+    """Control: stands in a VQGAN where the codebook was, and passes the latent on unchanged.
 
     `derain.pretrain` then trains a plain autoencoder, and `derain.VQGANPrior` freezes its decoder.
     """
