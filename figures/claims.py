@@ -624,7 +624,7 @@ def claim_lines(table, name, claim, panels, seeds):
     runs = sorted(run for run in runs_of(claim) if whole(table, [run], seeds))
     last = max(run.steps for run in runs)
     columns |= {(test, last) for test in ("unseen", *GROUP, "dry")}
-    columns = sorted(columns, key=lambda column: (column[0] in GROUP, column))
+    columns = sorted(columns, key=lambda column: (column[0] in ("dry", *GROUP), column))
     numbers = number_lines(table, runs, columns, seeds)
     heading = f"\n## {name}: {claim.statement}"
     verdicts = table_lines(rows) if panels else []
@@ -643,7 +643,7 @@ def figure_verdicts(results):
     for i, found in enumerate(results.values()):
         axes.errorbar(found.mean, i, xerr=found.half, fmt="o", color=COLOURS[found.word])
     axes.axvline(0, color="black")
-    axes.set_yticks(range(len(results)), list(results))
+    axes.set_yticks(range(len(results)), results)
     axes.invert_yaxis()
     axes.set(
         title="The claim holds right of 0.\nBlue: reproduced, orange: opposite, grey: undecided",
