@@ -1977,7 +1977,9 @@ def make_parser():
         description="Why do networks fail on rain that they have not seen?",
         epilog="example: python derain.py --seed 1",
     )
-    verbs = parser.add_subparsers(title="commands, each with a --help", metavar="COMMAND")
+    verbs = parser.add_subparsers(
+        prog="derain.py", title="commands, each with a --help", metavar="COMMAND"
+    )
 
     def add_verb(run, *parents):
         about, _, usage, example, _ = map(str.strip, run.__doc__.split("\n"))
