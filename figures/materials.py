@@ -19,7 +19,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor, arange, exp, from_numpy, where
 from torch.fft import irfft2, rfft2
-from torch.nn.functional import conv2d, l1_loss
+from torch.nn.functional import conv2d
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import derain  # noqa: E402
@@ -371,24 +371,22 @@ def degradation(name: str, training: bool = False) -> Callable:
 
 
 class FromNothing(derain.VQGANPrior):
-    """Control: the prior's network, but nothing was pre-trained, and all parts are trained.
+    """Control: the prior's network, but nothing was pre-trained, and all parts are trained, by L1.
 
-    Its loss is L1 and the loss of the codebook, as there is no teacher to ask.
+    It should be given a VQGAN with NoCodebook.  A codebook that is trained from the start, in rain,
+    ends with two codes in use: whatever the input, the network draws one grey image.
     """
+
+    loss = None  # so that derain.train takes L1, as there is no teacher to ask
 
     def __init__(self, vqgan: derain.VQGAN):
         super().__init__(vqgan)
         self.requires_grad_(True)
         del self.teacher
 
-    def loss(self, degraded: Tensor, clean: Tensor) -> Tensor:
-        latent = self.vqgan.encode(self.prepare(degraded))
-        _, _, codebook_loss = self.vqgan.quantize(latent)
-        return l1_loss(self.draw(latent, clean.shape), clean) + codebook_loss
-
 
 class NoCodebook(derain.Codebook):
-    """Control: stands in a VQGAN where the codebook was, and passes the latent on unchanged.
+    """Stands in a VQGAN where the codebook was, and passes the latent on unchanged.
 
     `derain.pretrain` then trains a plain autoencoder, and `derain.VQGANPrior` freezes its decoder.
     """

@@ -85,14 +85,14 @@ def test_controls_differ_from_the_prior_in_what_they_name():
         after = network.vqgan.named_parameters()
         return {name.split(".")[0] for name, value in after if not value.equal(before[name])}
 
-    vqgan = derain.VQGAN(**{**derain.PRIOR, "ch": 8})
-    parts = {"encoder", "quant_conv", "quantize", "post_quant_conv", "decoder"}
-    assert changed(materials.FromNothing(vqgan)) == parts
-    vqgan.quantize = materials.NoCodebook(9, 16)
-    derain.pretrain(vqgan, [torch.rand(3, 80, 80)], 2)
-    latent = torch.rand(1, 16, 2, 2)
-    assert latent.equal(vqgan.quantize(latent)[0])
-    assert changed(derain.VQGANPrior(vqgan)) == {"encoder", "quant_conv"}
+    raw = derain.build_network(derain.VQGAN, **derain.PRIOR).decoder.conv_in.weight
+    latent = torch.rand(1, derain.PRIOR["embed_dim"], 2, 2)
+    parts = ("encoder", "quant_conv", "post_quant_conv", "decoder")
+    for net, learn in (("prior", 2), ("no codebook", 2), ("from nothing", 4)):
+        network = claims.make_network(claims.Run(net, steps=1), [torch.rand(3, 80, 80)])
+        assert raw.equal(network.vqgan.decoder.conv_in.weight) == (learn == 4)
+        assert latent.equal(network.vqgan.quantize(latent)[0]) == (net != "prior")
+        assert changed(network) == set(parts[:learn])
 
 
 # ---- verdicts -----------------------------------------------------------------------------------

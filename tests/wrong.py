@@ -62,7 +62,6 @@ WRONG = (
         "torch.cat([background[:, :1] + rain, background[:, 1:]], 1)",
     ),
     ("add_rain", "changes its input", "background + rain", "background.add_(rain)"),
-    ("rain_mask", "a threshold of 1 grey level", "RAIN_THRESHOLD", "1 / 255"),
     ("rain_mask", "no tolerance", "RAIN_THRESHOLD + 1e-6", "RAIN_THRESHOLD"),
     ("rain_mask", "4 grey levels are wet", "> RAIN_THRESHOLD + 1e-6", ">= RAIN_THRESHOLD"),
     ("rain_mask", "mean of the channels", ".amax(1", ".mean(1"),
@@ -83,7 +82,6 @@ WRONG = (
         "r.abs() > RAIN_THRESHOLD",
     ),
     ("decoupled_sums", "E_R against the clean image", "(d - r)[wet]", "d[wet]"),
-    ("decoupled_sums", "E_B on the mask", "d[~wet]", "d[wet]"),
     ("decoupled_sums", "E_B everywhere", "d[~wet]", "d"),
     ("decoupled_measures", "damage with the rain in it", "rms(rest", 'rms(sums["d * d"]'),
     (
@@ -92,7 +90,6 @@ WRONG = (
         'sums["r * d"] + slope**2 * sums["r * r"]',
         'sums["pattern * d"] + slope**2 * sums["pattern * pattern"]',
     ),
-    ("decoupled_measures", "a share for per cent", "100 * slope", "slope"),
     ("decoupled_measures", "not in grey levels", "255 * ", ""),
     (
         "decoupled_measures",
@@ -143,10 +140,8 @@ WRONG = (
         "output.clamp_(0, 1); triples =",
     ),
     ("psnr", "one squared error for the set", ".mean((1, 2, 3))", ".mean()"),
-    ("psnr", "20 log10 of the squared error", "-10 *", "-20 *"),
     ("psnr", "of a clamped output", "(output - clean)", "(output.clamp(0, 1) - clean)"),
     ("psnr", "of the mean of the channels", "(output - clean)", "(output - clean).mean(1, True)"),
-    ("psnr", "rows averaged one by one", ".mean((1, 2, 3))", ".mean((1, 3))"),
     ("psnr", "shapes unchecked", "output.shape != clean.shape", "False"),
     ("psnr", "clamps its input in place", "mse =", "output.clamp_(0, 1); mse ="),
     ("ssim", "zero padding", "conv2d(image[None],", "conv2d(pad(image[None], (5,) * 4),"),
@@ -199,7 +194,6 @@ WRONG = (
         "self.head(degraded)",
         "self.head(degraded).detach()",
     ),
-    ("ResNet.forward", "the input not added", "degraded + self", "self"),
     (
         "pad_to_multiple",
         "at the left and the top",
@@ -288,7 +282,6 @@ WRONG = (
     ),
     ("train", "squared errors", "l1_loss", "mse_loss"),
     ("train", "own loss with its arguments swapped", "(degraded, clean)\n", "(clean, degraded)\n"),
-    ("train", "own rate times RATE", 'getattr(network, "rate", RATE)', "RATE * network.rate"),
     ("train", "own rate ignored", 'getattr(network, "rate", RATE)', "RATE"),
     (
         "train",
@@ -350,7 +343,6 @@ WRONG = (
         "torch.cdist(vectors, self.embedding.weight[None, None])",
         "-(vectors @ self.embedding.weight.T)",
     ),
-    ("VQGANPrior.draw", "shows [-1, 1] for [0, 1]", "+ 1) / 2", ")"),
     ("VQGANPrior.draw", "limited to [0, 1]", "+ 1) / 2", "+ 1).clamp(0, 2) / 2"),
     (
         "VQGANPrior.draw",
