@@ -374,7 +374,7 @@ class FromNothing(derain.VQGANPrior):
     """Control: the prior's network, but nothing was pre-trained, and all parts are trained, by L1.
 
     It should be given a VQGAN with NoCodebook.  A codebook that is trained from the start, in rain,
-    ends with two codes in use: whatever the input, the network draws one grey image.
+    may end with two codes in use: then the network draws one image, whatever the input.
     """
 
     loss = None  # so that derain.train takes L1, as there is no teacher to ask
