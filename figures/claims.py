@@ -8,7 +8,8 @@ With more machines, all must share runs/.  If one process stops, stop all and st
 others would wait for its results.  A call with other seeds overwrites claims.md, unless --runs
 names another folder.
 
-Claims, panels, primary measures and seeds were fixed before the first run.
+Claims, panels, primary measures and seeds were fixed before the first run.  Since then one control
+was changed, and a panel was cut; claims.md says so under `prior`.
 
 1 runs       a Run is one training and its tests
 2 files      its result is a file in runs/, and is never done twice; runs.csv collects them all
@@ -110,7 +111,8 @@ def images_of(images, split, seed, photographs):
 
     A fifth of the drawn images is for tests.  Of photographs, a quarter is, which the seed picks.
     Every third photograph, beginning with the first in the order of file names, is set aside: the
-    split "choice" does without these, "check" tests on these and trains on all others.
+    split "choice" does without these, "check" tests on these and trains on all others, and "seed"
+    takes all as they come.
     """
     if images in PAINTERS:
         rngs = [derain.stream(seed, "backgrounds", i) for i in range(80)]
@@ -744,12 +746,16 @@ def report(table, claims, wanted, seeds):
         figures["balance"] = figure_balance(table, claims["balance"].shown, seeds)
     if "check" in claims:
         figures["advice"] = figure_advice(table, runs_of(claims["advice"]), seeds)
-    introduction = INTRODUCTION.format(
-        seeds=seeds, last=seeds[-1], count=len(results), chance=len(results) / 20
-    )
+    if lines:
+        lines.insert(
+            0,
+            INTRODUCTION.format(
+                seeds=seeds, last=seeds[-1], count=len(results), chance=len(results) / 20
+            ),
+        )
     if results:
         figures["verdicts"] = figure_verdicts(results)
-    return lines and [introduction, *lines], figures
+    return lines, figures
 
 
 def main():

@@ -421,7 +421,7 @@ def test_a_handout_has_no_solution_but_those_that_it_needs(name, tmp_path):
 def command(*arguments, cwd=ROOT):
     """Run a Python program; return its status, and what it printed."""
     words = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(words, cwd=cwd, text=True, capture_output=True)
+    done = subprocess.run(words, cwd=cwd, text=True, capture_output=True, timeout=100)
     return done.returncode, done.stdout + done.stderr
 
 
