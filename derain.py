@@ -330,25 +330,49 @@ def sharpness(patches: Tensor) -> Tensor:
     return torch.hypot(down, right).mean((1, 2))
 
 
-def training_patches(images: list, n: int, seed: int, third: str = "any") -> Tensor:
+def opening(images: Tensor, size: int = 5) -> Tensor:
+    """Return the morphological opening of images (n, 3, h, w), a filter; `size` must be odd.
+
+    It replaces each pixel by the smallest value in a square around it, then by the largest of
+    these.  Whatever is bright and thinner than `size` pixels disappears.
+    """
+    # The smallest value is minus the largest of the negatives.
+    smallest = -max_pool2d(-images, size, 1, size // 2)
+    return max_pool2d(smallest, size, 1, size // 2)
+
+
+def bright_detail(patches: Tensor) -> Tensor:
+    """Return the bright detail (n,) of patches (n, 3, h, w): the mean of patch - opening(patch, 5).
+
+    patch - opening(patch) is the white top-hat: what is bright and thinner than 5 pixels.
+    """
+    return (patches - opening(patches)).mean((1, 2, 3))
+
+
+def training_patches(images: list, n: int, seed: int, choice: str = "any") -> Tensor:
     """Return n backgrounds (n, 3, PATCH, PATCH), cut out of images (3, h, w).
 
-    third: "any" takes patches as they come.  "low" cuts 3 n patches and keeps the least sharp
-    third, "high" the sharpest third.  With "any", a smaller n gives the first patches of a larger
-    n: n = 8 gives the first 8 of n = 1,024.  This holds for all n up to MANY.  Raises BadInput if
-    the patches that are cut (also those that are not kept) would take more than 1 GB.
+    choice: "any" takes patches as they come; "low" cuts 3 n and keeps the least sharp, "high" the
+    sharpest.  "plain" keeps, of the first MANY, the half with the least bright detail, "detailed"
+    the other half; "exchanged" is plain with the first patch replaced by the one of the MANY with
+    the most bright detail.  Raises BadInput.
     """
-    rng = stream(seed, "patches")
-    # With "any", MANY are cut even if fewer are needed.  sample_patches draws the order of the
-    # images first, then the places.  A larger count draws more for the order; after that, the
-    # generator gives other places.  So the count must be the same for every n up to MANY.
-    count = max(n, MANY) if third == "any" else 3 * n
+    halves = choice in ("plain", "detailed", "exchanged")
+    if halves and n > MANY // 2:
+        raise BadInput(f"{choice} backgrounds are taken out of {MANY:,}: give at most {MANY // 2}")
+    count = 3 * n if choice in ("low", "high") else max(n, MANY)
     if count > 52_000:  # of 3 * 40 * 40 numbers of 4 bytes
         raise BadInput(f"{n:,} backgrounds take more than 1 GB of memory; give fewer")
-    patches = sample_patches(images, count, PATCH, rng)
-    if third != "any":
-        # Sort them, the wanted third first.
-        patches = patches[sharpness(patches).argsort(descending=third == "high")]
+    patches = sample_patches(images, count, PATCH, stream(seed, "patches"))
+    if choice in ("low", "high"):
+        patches = patches[sharpness(patches).argsort(descending=choice == "high")]
+    if halves:
+        order = bright_detail(patches).argsort(stable=True)
+        half = order[MANY // 2 :] if choice == "detailed" else order[: MANY // 2]
+        chosen = patches[half.sort().values]
+        if choice == "exchanged":
+            chosen[0] = patches[order[-1]]
+        patches = chosen
     return patches[:n]
 
 
@@ -838,18 +862,6 @@ def ssim(output: Tensor, clean: Tensor) -> float:
         denominator = (mean_x**2 + mean_y**2 + 1e-4) * (variances + 9e-4)
         total += (numerator / denominator).mean().item()
     return total / (3 * len(clean))
-
-
-def opening(images: Tensor, size: int = 5) -> Tensor:
-    """Return the morphological opening of images (n, 3, h, w), a filter.
-
-    All networks are compared with it.  It replaces each pixel by the smallest value in a
-    square around it, then by the largest of these.  Whatever is bright and thinner than `size`
-    pixels disappears; `size` must be odd.  It was never trained, so no rain is unseen to it.
-    """
-    # The smallest value is minus the largest of the negatives.
-    smallest = -max_pool2d(-images, size, 1, size // 2)
-    return max_pool2d(smallest, size, 1, size // 2)
 
 
 @no_grad()
@@ -1755,7 +1767,7 @@ def run_rain(photo, range, seed, output):
     save_image(degrade(open_image(photo)[None], stream(seed, "rain command"))[0], output)
 
 
-def run_train(backgrounds, n, third, net, rain, vqgan, steps, seed, device, output):
+def run_train(backgrounds, n, choice, net, rain, vqgan, steps, seed, device, output):
     """Train a network, and measure it on images that it was not trained on.
 
     derain.py train -o MODEL [OPTIONS]
@@ -1770,7 +1782,7 @@ def run_train(backgrounds, n, third, net, rain, vqgan, steps, seed, device, outp
         arguments = {"vqgan": vqgan.arguments}
     network = VQGANPrior(vqgan) if vqgan else build_network(NETWORKS[net], seed)
     network.to(device)
-    patches = training_patches(training, n, seed, third)
+    patches = training_patches(training, n, seed, choice)
     train(network, patches, rain_degradation(RAIN[rain]), steps, seed, net)
     save_checkpoint(output, network, net, arguments)
 
@@ -2010,8 +2022,8 @@ def make_parser():
     verb = add_verb(run_train, options(steps=2400, rain="large"))
     add(verb, "-o --output", "checkpoint to write", required=True)
     add(verb, "--n", "number of backgrounds", positive, default=MANY)
-    thirds = "low, high: of 3 n patches, the n least sharp, the n sharpest; any: as they come"
-    add(verb, "--third", thirds, str, choices=("low", "any", "high"), default="low")
+    choices = "low, high: of 3 n patches, the n least sharp, the n sharpest; any: as they come"
+    add(verb, "--choice", choices, str, choices=("low", "any", "high", "plain"), default="low")
     add(verb, "--vqgan", "pre-trained content prior to fine-tune, instead of --net")
 
     verb = add_verb(run_vqgan, options(steps=5000))

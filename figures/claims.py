@@ -55,6 +55,7 @@ from materials import (  # noqa: E402
     RAIN,
     FromNothing,
     NoCodebook,
+    backgrounds,
     degradation,
     draw_background,
 )
@@ -82,8 +83,7 @@ class Run:
     net: str = "resnet"  # in derain.NETWORKS or UNTRAINED; "prior", "from nothing", "no codebook"
     channels: int = 16  # used only with a network of derain.NETWORKS
     images: str = "faces"  # of materials.PAINTERS, or the name of a set of photographs
-    split: str = "seed"  # what is for training and what for tests, see images_of
-    third: str = "any"  # as in derain.training_patches
+    choice: str = "any"  # of backgrounds, see materials.backgrounds
     n: int = MANY  # backgrounds
     trained_on: str = "small"  # a name that materials.degradation knows
     steps: int = STEPS  # 0 for what is not trained
@@ -106,24 +106,18 @@ def tests_of(run):
 
 
 @lru_cache(4)  # keeps the last four sets, as drawing them takes time
-def images_of(images, split, seed, photographs):
+def images_of(images, seed, photographs):
     """Return images (3, h, w) to train on, and others to test on.
 
     A fifth of the drawn images is for tests.  Of photographs, a quarter is, which the seed picks.
-    Every third photograph, beginning with the first in the order of file names, is set aside: the
-    split "choice" does without these, "check" tests on these and trains on all others, and "seed"
-    takes all as they come.
     """
     if images in PAINTERS:
         rngs = [derain.stream(seed, "backgrounds", i) for i in range(80)]
         drawn = [draw_background(images, 256, rng) for rng in rngs]
         return drawn[16:], drawn[:16]
 
-    others = [image for i, image in enumerate(photographs) if i % 3]
-    if split == "check":
-        return others, photographs[::3]
-    found = others if split == "choice" else photographs
-    found = [found[i] for i in derain.stream(seed, "split").permutation(len(found))]
+    order = derain.stream(seed, "split").permutation(len(photographs))
+    found = [photographs[i] for i in order]
     count = max(1, len(found) // 4)
     return found[count:], found[:count]
 
@@ -149,7 +143,7 @@ def measure(run, folder, photographs=()):
     Returns a row for each test after each of steps_of(run).  Trained weights are written to the
     folder; default.png is drawn with them.
     """
-    training, held_out = images_of(run.images, run.split, run.seed, photographs)
+    training, held_out = images_of(run.images, run.seed, photographs)
     clean = derain.sample_patches(held_out, 16, 96, derain.stream(run.seed, "test patches"))
     rows = []
 
@@ -157,6 +151,8 @@ def measure(run, folder, photographs=()):
         for kind in tests_of(run):
             degraded = degradation(kind)(clean, derain.stream(run.seed, "test", kind))
             measures = derain.decoupled_evaluation(restore(degraded), degraded, clean)
+            if run.steps:
+                measures["bright_detail"] = 255 * derain.bright_detail(patches).max().item()
             known = {key: round(measures[key], 4) for key in measures if not isnan(measures[key])}
             rows.append({**asdict(run), "step": step, "tested_on": kind, **known})
 
@@ -164,7 +160,7 @@ def measure(run, folder, photographs=()):
         test(0, UNTRAINED[run.net])
     else:
         network = make_network(run, training)
-        patches = derain.training_patches(training, run.n, run.seed, run.third)
+        patches = backgrounds(training, run.n, run.seed, run.choice)
 
         def after_step(step):
             if step in steps_of(run):
@@ -323,6 +319,12 @@ class Claim(NamedTuple):
     panels: dict[str, list[Term]]
     primary: str = "rain_left"  # the measure that decides
     shown: list[Run] = []  # runs whose numbers stand beside, without a verdict
+    first: int = 10  # the first of its seeds, if --first does not say otherwise
+    often: list[Run] = []  # runs with twice as many seeds
+
+
+DETAIL = ("resnet, faces", "unet, faces", "swinir, faces", "resnet, photographs")
+DOSE = (0.6, 0.75, 0.9, 0.975)  # quantiles of bright detail; 1 is "exchanged"
 
 
 def balance_map(run):
@@ -354,17 +356,51 @@ def make_claims(photographs, steps=STEPS):
     # Cut before its runs: they take more than an hour of one core.
     del prior["photographs, prior against no codebook"]
 
-    low = replace(photos, third="low")
+    low = replace(photos, choice="low")
     sharp = {"gain of 8, any against low": more(few(photos), few(low))}
     for n in (64, MANY):
-        high = replace(photos, third="high", n=n)
+        high = replace(photos, choice="high", n=n)
         sharp[f"{n:,}, low against high"] = better(replace(low, n=n), high)
 
     first = steps_of(faces)[0]
     noise = replace(faces, trained_on="gaussian")
-    # `seeded` adds 10 to 14, so these seeds are 100 to 104, and no other claim has them.
-    usual = replace(photos, split="choice", seed=90)
+    detail = {}
+    plain = {name: replace(settings[name], choice="plain", n=8) for name in DETAIL}
+    for name, run in plain.items():
+        detail[f"{name}, plain against exchanged"] = better(run, replace(run, choice="exchanged"))
+    for control in ("inverted", "edge"):
+        run = plain["resnet, faces"]
+        pair = better(replace(run, choice=control), replace(run, choice="exchanged"))
+        detail[f"resnet, faces, {control} against exchanged"] = pair
+    for name in ("resnet, faces", "resnet, photographs"):
+        for n in (512, 8):
+            run = replace(plain[name], n=n)
+            pair = better(run, replace(run, choice="detailed"))
+            detail[f"{name}, {n} plain against detailed"] = pair
+        opened = replace(settings[name], choice="opened")
+        pair = better(opened, replace(opened, choice="closed"))
+        detail[f"{name}, 1,024 opened against closed"] = pair
+    dose = [replace(plain["resnet, faces"], choice=f"quantile {q}") for q in DOSE]
+
+    # What `derain.py train` does if it is not told otherwise, against the usual training.
+    default = replace(low, trained_on="large")
+    tests = ("unseen", *GROUP, "dry")
     return {
+        "detail": Claim(
+            "ours: one background with bright, thin structure among eight plain ones spoils the "
+            "removal of unseen rain; 512 plain are better than 512 detailed; and 1,024 without "
+            "bright detail are better than 1,024 that kept it",
+            detail,
+            shown=dose,
+            first=20,
+            often=[replace(faces, n=8)],
+        ),
+        "default": Claim(
+            "the default of `derain.py train` beats the usual training: 1,024 of low sharpness in "
+            "large rain against 1,024 of any sharpness in small rain",
+            {f"photographs, {test}": better(default, photos, test) for test in tests},
+            "psnr",
+        ),
         "few": Claim(
             "8 backgrounds beat 1,024 in unseen rain, when trained in small rain (Fig. 1, 4)",
             number,
@@ -406,17 +442,12 @@ def make_claims(photographs, steps=STEPS):
             "8 backgrounds beat 1,024 in other noise, when trained in Gaussian noise",
             {test: few(noise, test) for test in ("correlated", "salt and pepper")},
         ),
-        "advice": Claim(
-            "what `derain.py train` should do if it is not told otherwise",
-            {},
-            shown=[usual, *settings_of(usual)],
-        ),
     }
 
 
 def with_untrained(runs):
     """Return the runs, then for each the UNTRAINED on the same images; no run twice."""
-    empty = dict(channels=16, third="any", n=0, trained_on="", steps=0)
+    empty = dict(channels=16, choice="any", n=0, trained_on="", steps=0)
     untrained = [replace(run, net=net, **empty) for run, net in product(runs, UNTRAINED)]
     return list(dict.fromkeys(runs + untrained))
 
@@ -430,8 +461,20 @@ def runs_of(claim):
 
 
 def seeded(runs, seeds):
-    """Return the runs with each of the seeds, added to the run's own (0, or 90 in `advice`)."""
-    return [replace(run, seed=run.seed + seed) for seed, run in product(seeds, runs)]
+    """Return the runs with each of the seeds."""
+    return [replace(run, seed=seed) for seed, run in product(seeds, runs)]
+
+
+def seeds_of(claim, first, count):
+    """Return the seeds of a claim: `count` from `first`, or from its own first one."""
+    first = claim.first if first is None else first
+    return range(first, first + count)
+
+
+def all_runs(claim, first, count):
+    """Return all runs that a claim needs, with their seeds."""
+    runs = seeded(runs_of(claim), seeds_of(claim, first, count))
+    return runs + seeded(claim.often, seeds_of(claim, first, 2 * count))
 
 
 def whole(table, runs, seeds):
@@ -495,36 +538,6 @@ def judge(table, terms, seeds):
     return {name: verdict(effects[:, i], photographs) for i, name in enumerate(MEASURES)}
 
 
-# ---- 5  Advice: what should `derain.py train` do if it is not told otherwise? -------------------
-
-# The choice is by the mean PSNR in these.
-CHOSEN_BY = ("unseen", "group medium", "group large")
-
-
-def settings_of(usual):
-    """Return ten settings; the choice is among these and the usual (1,024, any, in small rain)."""
-    low = replace(usual, third="low")
-    settings = []
-    for rain, net, n in product(("medium", "large"), ("resnet", "unet"), (64, MANY)):
-        settings.append(replace(low, net=net, n=n, trained_on=rain))
-    return settings + [replace(usual, net=net, trained_on="large") for net in ("resnet", "unet")]
-
-
-def score(table, run, seeds):
-    """Return the mean PSNR of a setting in the rains of the choice."""
-    return np.mean([measured(table, run, test, run.steps, seeds)[:, 2] for test in CHOSEN_BY])
-
-
-def add_check(claims, table, seeds):
-    """Add the claim "check", on the best setting and the usual one, once the choice is possible."""
-    settings = claims["advice"].shown
-    if whole(table, settings, seeds):
-        best = max(settings, key=lambda run: score(table, run, seeds))
-        shown = [replace(run, split="check") for run in (best, settings[0])]
-        statement = f"{label(best)}: the best of `advice`, on the photographs that were set aside"
-        claims["check"] = Claim(statement, {}, shown=shown)
-
-
 # ---- 6  Report: what stands in claims.md? -------------------------------------------------------
 
 INTRODUCTION = """\
@@ -565,16 +578,6 @@ where two codes were left in use, and at 10.0 dB on photographs.  To beat that w
 The ResNet was not pre-trained, adds its input to its output, has fewer parameters, and a learning
 rate four times as high.  Pre-training takes more steps than the training after it, on all training
 images.
-""",
-    "advice": """
-Every third photograph was set aside.  The settings were trained on three quarters of the others,
-and tested on the rest, with other seeds (90 is added to those above).  The best is chosen by the
-mean PSNR in `unseen`, `group medium` and `group large`: for it, none of these is unseen any more.
-SwinIR was not among the settings, as it takes four times as long.
-""",
-    "check": """
-The chosen setting and the usual one, trained on the same photographs, and tested on those that were
-set aside.  "dry" are photographs without rain.
 """,
 }
 
@@ -680,20 +683,6 @@ def figure_balance(table, runs, seeds):
     return figure
 
 
-def figure_advice(table, runs, seeds):
-    """Draw rain left against damage; each run is drawn as its number in the legend."""
-    figure = Figure((15, 5), layout="constrained")
-    figure.suptitle("Trained on photographs: simple ones (blue), any (orange).  Black: not trained")
-    for axes, test in zip(figure.subplots(1, 3), CHOSEN_BY):
-        for i, run in enumerate(runs):
-            left, damage, _ = measured(table, run, test, run.steps, seeds).mean(0)
-            colour = {"low": "#0072b2", "any": "#d55e00"}[run.third] if run.steps else "black"
-            axes.scatter(damage, left, 70, colour, marker=f"${i}$", label=label(run))
-        axes.set(title=test, xlabel="damage, grey levels", ylabel="rain left, %")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right")
-    return figure
-
-
 def figure_default(runs, folder, photographs):
     """Draw a photograph that was set aside, in rain and dry, and what is made of it.
 
@@ -744,8 +733,6 @@ def report(table, claims, wanted, seeds):
 
     if whole(table, claims["balance"].shown, seeds):
         figures["balance"] = figure_balance(table, claims["balance"].shown, seeds)
-    if "check" in claims:
-        figures["advice"] = figure_advice(table, runs_of(claims["advice"]), seeds)
     if lines:
         lines.insert(
             0,
@@ -764,7 +751,7 @@ def main():
     add = parser.add_argument
     add("claims", nargs="*", help="few, steps, ..., noise, advice; without, all of them")
     add("--seeds", type=int, default=5, choices=range(2, 11), help="number of seeds, 2 to 10 (5)")
-    add("--first", type=derain.whole_number, default=10, help="the first of them (10)")
+    add("--first", type=derain.whole_number, help="the first of them (20 for detail, 10)")
     add(
         "--steps",
         type=derain.positive,
@@ -792,28 +779,20 @@ def main():
     wanted = args.claims or list(claims)
     if set(wanted) - claims.keys() or 0 < len(photographs) < 4:
         parser.error(f"give 4 photographs or more, and claims out of {', '.join(claims)}")
-    seeds = range(args.first, args.first + args.seeds)
     runs = []
     for name in wanted:
-        runs += seeded(runs_of(claims[name]), seeds)
+        runs += all_runs(claims[name], args.first, args.seeds)
     folder.mkdir(parents=True, exist_ok=True)
     do_runs(list(dict.fromkeys(runs)), table, folder, photographs)
-    add_check(claims, table, seeds)
-    if "advice" in wanted and "check" in claims:
-        do_runs(seeded(runs_of(claims["check"]), seeds), table, folder, photographs)
     if RANK:
         return
 
-    lines, figures = report(table, claims, [*wanted, "check"], seeds)
+    lines, figures = report(table, claims, wanted, range(args.first or 10, (args.first or 10) + args.seeds))
     if not lines:
         print("no claim has all its runs, so no report; --backgrounds PATH gives photographs")
         return
     write_table(table, out / "runs.csv")
     write(out / "claims.md", "\n".join([*lines, ""]).encode())
-    if "check" in claims:
-        pair = seeded(claims["check"].shown, seeds[:1])
-        if photographs and all(file_of(run, folder, "pt").exists() for run in pair):
-            figures["default"] = figure_default(pair, folder, photographs)
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
     print(f"wrote claims.md and {', '.join(figures)} in {out}")

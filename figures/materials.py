@@ -210,6 +210,33 @@ def draw_background(category: str, size: int, rng: Generator) -> Tensor:
     return from_numpy(PAINTERS[category](size, rng)).float().clamp(0, 1)
 
 
+def backgrounds(images: list, n: int, seed: int, choice: str) -> Tensor:
+    """Return training patches as derain.training_patches does, with more choices.
+
+    "opened" and "closed" are "any" through a filter of 5 x 5 pixels.  The others are "plain" with
+    the first patch replaced: "inverted" by the patch with the most bright detail, inverted; "edge"
+    by the sharpest of the plain half; "quantile 0.9" by the patch at this quantile of bright detail.
+    """
+    if choice in ("opened", "closed"):
+        patches = derain.training_patches(images, n, seed)
+        return derain.opening(patches) if choice == "opened" else -derain.opening(-patches)
+    if choice not in ("inverted", "edge") and not choice.startswith("quantile"):
+        return derain.training_patches(images, n, seed, choice)
+
+    every = derain.training_patches(images, derain.MANY, seed)
+    half = derain.training_patches(images, derain.MANY // 2, seed, "plain")
+    order = derain.bright_detail(every).argsort()
+    patches = half[:n].clone()
+    if choice == "inverted":
+        patches[0] = 1 - every[order[-1]]
+    elif choice == "edge":
+        patches[0] = half[derain.sharpness(half).argmax()]
+    else:
+        quantile = float(choice.removeprefix("quantile "))
+        patches[0] = every[order[round(quantile * (derain.MANY - 1))]]
+    return patches
+
+
 # ---- 2  Rain: what does the paper's group use? --------------------------------------------------
 
 

@@ -116,7 +116,7 @@ def test_train_and_restore(call, twice, photos, tmp_path):
     assert (output - restored).abs().max() < 0.51 / 255
 
     low = file.read_bytes()
-    call("train", *options, "--third", "high")
+    call("train", *options, "--choice", "high")
     assert file.read_bytes() != low
 
 
