@@ -1,11 +1,10 @@
-"""Section 2: faces, patches and their sharpness; and photographs, which section 8 loads."""
+"""Section 2: backgrounds."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import derain
 
@@ -70,35 +69,3 @@ def test_more_than_a_gigabyte_is_refused():
     for n, third in ((60_000, "any"), (20_000, "low")):
         with pytest.raises(derain.BadInput):
             derain.training_patches([torch.zeros(3, 40, 40)], n, 0, third)
-
-
-def test_a_rotated_jpeg_stands_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by 90 degrees clockwise to view": the top becomes the right
-    picture = Image.linear_gradient("L").resize((60, 40))  # black at the top, white at the bottom
-    picture.save(tmp_path / "a.jpg", exif=exif)
-    (image,) = derain.load_images(tmp_path)
-    assert image.shape == (3, 60, 40)
-    assert image[..., 0].min() > 0.9 and image[..., 39].max() < 0.1
-
-
-def test_grey_of_16_bits_is_read_by_its_value(tmp_path):
-    values = np.arange(0, 65536, 256, np.uint16).reshape(32, 8)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    (image,) = derain.load_images(tmp_path)
-    assert len(image) == 3 and np.allclose(image, values / 65535)
-
-
-def test_broken_files_are_left_out_and_named(tmp_path, photos, capsys):
-    whole = (photos / "photo0.png").read_bytes()
-    (tmp_path / "empty.png").touch()
-    (tmp_path / "half.png").write_bytes(whole[:5000])
-    with pytest.raises(derain.BadInput):  # nothing is left
-        derain.load_images(tmp_path)
-    Image.new("RGB", (30, 200)).save(tmp_path / "thin.png")
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below" / "good.png").write_bytes(whole)
-    assert len(derain.load_images(tmp_path, smallest=40)) == 1
-    lines = capsys.readouterr().err.splitlines()
-    for line, name in zip(lines, ["empty", "half", "empty", "half", "thin"], strict=True):
-        assert f"{name}.png" in line

@@ -205,19 +205,3 @@ def test_opening_against_all_squares(size, rng):
     smallest = squares(image, 1).min((2, 3))
     opened = derain.opening(torch.from_numpy(image).expand(2, 3, -1, -1), size)
     assert np.array_equal(opened[1, 2], squares(smallest, 0).max((2, 3)))
-
-
-def test_predictions_are_limited_to_the_range_of_images(rng):
-    images = torch.from_numpy(rng.normal(size=(18, 3, 6, 5))).float()  # more than fit one chunk
-    network = derain.build_network(derain.ResNet)
-    torch.testing.assert_close(derain.predict(network, images), network(images).clamp(0, 1))
-
-
-@pytest.mark.parametrize("height, width", [(150, 131), (64, 65), (40, 200), (1, 1)])
-@pytest.mark.parametrize("net", ["resnet", "unet"])
-def test_tiles_equal_the_whole(net, height, width, rng):
-    """These networks see less than 32 pixels around each, so tiling must not change anything."""
-    network = fill(derain.NETWORKS[net]())
-    image = torch.from_numpy(rng.random((3, height, width), dtype=np.float32))
-    whole = derain.predict(network, image[None])[0]
-    assert (derain.restore(network, image, tile=64) - whole).abs().max() < 1e-5
