@@ -2,10 +2,10 @@
 
 Hu et al. (arXiv 2502.12600) answer: not because they are too small, but because they learn the
 degradation instead of the image.  A network can know how rain looks, or how images without rain
-look.  Only the second helps in rain that it never saw.
+look.  Only the second helps in rain that it never saw.  (Below, this is "the paper".)
 
-Part I is the lesson.  A network that is trained on 8 plain background images removes rain that it
-never saw.  With one of the 8 exchanged for an image with bright, thin structure, such as an eye, it
+Part I is the lesson.  A network that is trained on 8 plain background images removes most of a rain
+that it never saw.  With one of the 8 exchanged for an image with bright, thin structure, such as an eye, it
 leaves most of it.  `python derain.py` runs this in about a minute.  Part II is the rest.
 
 Part I:   1 rain, 2 backgrounds, 3 measures, 4 network and training, 5 main job
@@ -132,7 +132,7 @@ def streak_kernel(
 
 
 def drops(noise: Tensor, quantity: Tensor) -> Tensor:
-    """Turn uniform noise into drops: a streak's brightness at its centre, 0 elsewhere.
+    """Return the drops in uniform noise: pixels with a streak's brightness, 0 elsewhere.
 
     noise: (n, h, w) in [0, 1).  quantity: (n,), the expected drops per 10,000 pixels.
     A pixel is a drop if its noise is above the threshold 1 - quantity / 10,000.  Its brightness
@@ -169,7 +169,7 @@ def rain_layers(
     spectrum = torch.fft.rfft2(drops(noise, quantity)) * torch.fft.rfft2(kernel, s=canvas)
     rain = torch.fft.irfft2(spectrum, s=canvas)[:, None]  # (n, 1, *canvas)
 
-    # It joins opposite edges: the first `margin` rows and columns hold streaks from the other side.
+    # The transform wraps around: the first `margin` rows and columns mix opposite edges.
     return rain[..., margin : margin + height, margin : margin + width].clamp(0, 1)
 
 
@@ -181,7 +181,7 @@ def add_rain(background: Tensor, rain: Tensor) -> Tensor:
 def rain_degradation(rain_range: RainRange) -> Callable[[Tensor, np.random.Generator], Tensor]:
     """Return a function degrade(clean, rng) that adds rain of this range to images (n, 3, h, w).
 
-    Training and tests know nothing else of the rain: noise could take its place.
+    `train` knows nothing else of the rain: noise could take its place.
     """
 
     def degrade(clean, rng):
@@ -195,8 +195,8 @@ def rain_degradation(rain_range: RainRange) -> Callable[[Tensor, np.random.Gener
 # A network learns from small patches of clean images: photographs, or faces that we draw.
 #
 # A streak is bright and thin.  Some backgrounds show bright, thin structure as well: the white of
-# an eye, a twig in the sun.  A filter, the opening, removes whatever is bright and thinner than a
-# square.  What it takes from a *clean* patch is what looks like rain in it; the mean of this is the
+# an eye, a twig in the sun.  A filter, the opening, removes whatever is bright and narrower than a
+# small square.  What it takes from a *clean* patch is what looks like rain in it; the mean of this is the
 # patch's bright detail.  Along one row of pixels, with a square of 5:
 #
 #     patch            2 2 2 2 9 9 2 2 2 7 7 7 7 7 7
@@ -240,7 +240,7 @@ def draw_face(size: int, rng: np.random.Generator) -> np.ndarray:
     for colour, centre_x, centre_y, radius_x, radius_y, softness in ovals:
         radii = np.hypot((abs(x) - centre_x) / radius_x, (y - centre_y) / radius_y)
         distance = (radii - 1) * min(radius_x, radius_y)  # from the outline, negative inside
-        # how much of a pixel the oval covers
+        # 1 inside, 0 outside, soft between
         coverage = (0.5 - distance / (softness + 3 / size)).clip(0, 1)
         image += coverage * (colour[:, None, None] * light - image)
     return image.clip(0, 1)
@@ -250,7 +250,7 @@ def sample_patches(images: list[Tensor], n: int, size: int, rng: np.random.Gener
     """Cut n patches (n, 3, size, size) out of images (3, h, w), at random places.
 
     Images are taken in random order, each once before any is used twice.  Raises ValueError if one
-    is smaller than a patch.
+    of these is smaller than a patch.
     """
     order = [rng.permutation(len(images)) for _ in range(math.ceil(n / len(images)))]
     patches = []
@@ -274,8 +274,8 @@ def opening(images: Tensor, size: int = 5) -> Tensor:
 
 
 def bright_detail(patches: Tensor) -> Tensor:
-    """Return the mean (n,) of patch - opening(patch, 5), its white top-hat, of (n, 3, h, w)."""
-    return (patches - opening(patches, 5)).mean((1, 2, 3))
+    """Return the mean (n,) of patch - opening (the white top-hat), for patches (n, 3, h, w)."""
+    return (patches - opening(patches)).mean((1, 2, 3))
 
 
 def sharpness(patches: Tensor) -> Tensor:
@@ -294,14 +294,14 @@ def training_patches(images: list[Tensor], n: int, seed: int, choice: str = "any
     """Return n backgrounds (n, 3, PATCH, PATCH), cut out of images (3, h, w).
 
     choice:
-      any         as they come; 8 are the first 8 of MANY
+      any         the first n that are cut
       low, high   of 3 n patches, the n least sharp, or the n sharpest
       plain       of MANY, those in the half with the least bright detail, in the order of cutting
       detailed    those in the other half
       exchanged   plain, but the first one is exchanged for the patch with the most bright detail
     Raises BadInput if a half has fewer than n, or if the patches that are cut take above 1 GB.
     """
-    # The same for every n up to MANY: another count would give other patches.
+    # With any, MANY are cut even for n = 8: another count would give other patches.
     count = 3 * n if choice in ("low", "high") else max(n, MANY)
     if count > 52_000:  # of 3 * 40 * 40 numbers of 4 bytes
         raise BadInput(f"{n:,} backgrounds take more than 1 GB of memory; give fewer")
@@ -323,7 +323,7 @@ def training_patches(images: list[Tensor], n: int, seed: int, choice: str = "any
 
 # ---- 3  Measures: was the rain removed, and was the background kept? ----------------------------
 #
-# PSNR, the usual measure, cannot tell rain that was left from a background that was damaged.  With
+# PSNR, from the mean squared error, cannot tell rain that was left from a background that was damaged.  With
 # the clean image, both can be asked.  Call what rain changed r, and what is wrong in the output d:
 #
 #     r = rainy - clean          d = output - clean
@@ -338,10 +338,10 @@ def training_patches(images: list[Tensor], n: int, seed: int, choice: str = "any
 #        |     .  .  /  .
 #        |___.__/_._____________ r
 #
-# In each image the line may lie higher or lower than (0, 0); for this, each image's mean is taken
-# off r.  Otherwise, an output that is the rainy image, only darker, would count as less rainy.
+# In each image the line may lie higher or lower than (0, 0), so that an output that is the rainy
+# image, only darker, has all its rain left.  The slope ignores this shift; damage counts it.
 #
-# The two are read together: a grey image has little rain left, and only its damage shows that it is
+# Rain left and damage are read together: a grey image has little rain left, and only its damage shows that it is
 # useless.  The paper splits the pixels instead: E_R is how much was changed where it rained (the
 # wet pixels), E_B how much is wrong elsewhere.
 
@@ -351,7 +351,7 @@ RAIN_THRESHOLD = 4 / 255  # a pixel counts as wet if rain changed it by more tha
 def rain_mask(rainy: Tensor, clean: Tensor) -> Tensor:
     """Return M (n, 1, h, w), the wet pixels: |rainy - clean| > RAIN_THRESHOLD in any channel.
 
-    M is boolean.  4 grey levels are dry: as 4 / 255 is rounded, 1e-6 is added.
+    M is boolean.  1e-6 is against rounding: exactly 4 grey levels are dry.
     """
     return (rainy - clean).abs().amax(1, keepdim=True) > RAIN_THRESHOLD + 1e-6
 
@@ -374,29 +374,27 @@ def decoupled_evaluation(output: Tensor, rainy: Tensor, clean: Tensor) -> dict[s
     """
     if not output.shape == rainy.shape == clean.shape:
         raise ValueError("output, rainy and clean differ in shape")
-    similarity = ssim(output, clean) if min(clean.shape[-2:]) >= 11 else math.nan
     r = (rainy - clean).double()
     d = (output - clean).double()
     wet = rain_mask(rainy, clean).expand_as(clean)
 
     pattern = r - r.mean((1, 2, 3), keepdim=True)
     variance = pattern.square().mean().item()
-    slope = math.nan
-    rest = d
-    if wet.any() and variance > 1e-12:  # less is an error of rounding
-        slope = (pattern * d).mean().item() / variance
-        rest = d - slope * r
+    covariance = (pattern * d).mean().item()
+    del pattern  # 0.3 GB for a photograph of 12 megapixels
+    rains = bool(wet.any()) and variance > 1e-12  # less is an error of rounding
+    slope = covariance / variance if rains else 0
 
     def rms(values):
         return 255 * values.square().mean().sqrt().item()  # NaN if there are none
 
     return {
-        "rain_left": 100 * slope,
-        "damage": rms(rest),
-        "E_R": rms((d - r)[wet]),  # d - r = output - rainy
-        "E_B": rms(d[~wet]),
+        "rain_left": 100 * slope if rains else math.nan,
+        "damage": rms(d - slope * r),
+        "E_R": rms((d - r).masked_select(wet)),  # d - r = output - rainy
+        "E_B": rms(d.masked_select(~wet)),
         "psnr": psnr(output, clean),
-        "ssim": similarity,
+        "ssim": ssim(output, clean) if min(clean.shape[-2:]) >= 11 else math.nan,
     }
 
 
@@ -428,33 +426,33 @@ def ssim(output: Tensor, clean: Tensor) -> float:
 
     def blur(image):
         """Average under the window: it is a column times a row, so first down, then across."""
-        for axis in (0, 1):
-            places = image.shape[axis] - 10  # where the window fits
-            image = sum(weights[i] * image.narrow(axis, i, places) for i in range(11))
-        return image
+        return (image.unfold(0, 11, 1) @ weights).unfold(1, 11, 1) @ weights
 
     total = 0
-    # x, y: a channel of an image
-    for x, y in zip(output.flatten(0, 1).double(), clean.flatten(0, 1).double()):
-        m_x = blur(x)
-        m_y = blur(y)
-        # v_x + v_y: the mean of the squares minus the square of the mean
-        variances = blur(x**2 + y**2) - m_x**2 - m_y**2
-        covariance = blur(x * y) - m_x * m_y
-        brightness = (2 * m_x * m_y + 1e-4) / (m_x**2 + m_y**2 + 1e-4)
-        pattern = (2 * covariance + 9e-4) / (variances + 9e-4)
-        total += (brightness * pattern).mean().item()
-    return total / (3 * len(clean))
+    for x, y in zip(output.flatten(0, 1), clean.flatten(0, 1)):  # the channels of all images
+        # in bands of 64 places, which stay in the processor's cache and need 74 rows
+        for top in range(0, len(y) - 10, 64):
+            band_x = x[top : top + 74].double()
+            band_y = y[top : top + 74].double()
+            m_x = blur(band_x)
+            m_y = blur(band_y)
+            # v_x + v_y: the mean of the squares minus the square of the mean
+            variances = blur(band_x**2 + band_y**2) - m_x**2 - m_y**2
+            covariance = blur(band_x * band_y) - m_x * m_y
+            brightness = (2 * m_x * m_y + 1e-4) / (m_x**2 + m_y**2 + 1e-4)
+            pattern = (2 * covariance + 9e-4) / (variances + 9e-4)
+            total += (brightness * pattern).sum().item()
+    return total / output[..., 10:, 10:].numel()
 
 
 # ---- 4  Network and training: what does a network learn from? -----------------------------------
 #
 # Our network takes degraded images (n, 3, h, w) of any size and returns restored ones:
 #
-#     output = input + change(input)
+#     output = input + layers(input)
 #
-# The change should be the rain, with a minus.  The layers can find it by how rain looks, or by how
-# the image would look without rain.
+# The layers should find the rain, with a minus: by how rain looks, or by how the image would look
+# without rain.
 #
 # It learns from pairs: a clean patch, which is one of n backgrounds, and the same in rain that is
 # drawn anew at every step.  The number of steps is fixed: with 8 backgrounds a network sees each of
@@ -512,8 +510,8 @@ def print_progress(label: str, done: int, steps: int, loss: float, begun: float)
     if label and (done % 50 == 0 or done == steps):
         left = (time.monotonic() - begun) / done * (steps - done)
         # with its end, so that lines of several threads do not mix
-        line = f"{label}: step {done:,} of {steps:,}, loss {loss:.4f}, {left:.0f} s left\n"
-        print(line, end="", flush=True)
+        note = f"{label}: step {done:,} of {steps:,}, loss {loss:.4f}, {left:.0f} s left\n"
+        print(note, end="", flush=True)
 
 
 def train(
@@ -611,7 +609,7 @@ def test_images(held_out: list[Tensor], rain: str, seed: int) -> dict[str, Tenso
 
 
 def measure(tests: dict[str, dict[str, Tensor]], output: str, n: int) -> list[dict]:
-    """Return the measures of an output, a row for each rain of the tests; n: its backgrounds."""
+    """Return the measures of an output of n backgrounds, a row for each rain."""
     rows = []
     for rain, images in tests.items():
         measures = decoupled_evaluation(images[output], images["rainy"], clean=images["clean"])
@@ -640,80 +638,82 @@ def compare(
     backgrounds = {}
     for name, (n, choice) in COPIES.items():
         backgrounds[name] = training_patches(training, n, seed=seed, choice=choice)
-    points = range(steps, 0, -max(1, steps // 12))[::-1]  # when to measure; the last step is one
+    points = sorted(range(steps, 0, -max(1, steps // 12)))  # when to measure; the last step is one
 
-    def train_copy(name):
-        network = build_network(make, seed).to(device)
+    def train_copy(name, network):
         n = len(backgrounds[name])
-        rows = []
+        measured = []
 
         def after_step(step):
             if step in points:
                 for images in tests.values():
                     images[name] = predict(network, images["rainy"])
-                rows.extend({"step": step, **row} for row in measure(tests, name, n=n))
+                measured.extend({"step": step, **row} for row in measure(tests, name, n=n))
 
-        degrade = rain_degradation(RAIN[rain])
-        label = f"{name}, {n:,} backgrounds"
-        train(network, backgrounds[name], degrade, steps, seed, label=label, after_step=after_step)
-        return rows
+        train(
+            network,
+            backgrounds[name],
+            degrade=rain_degradation(RAIN[rain]),
+            steps=steps,
+            seed=seed,
+            label=f"{name}, {n:,} backgrounds",
+            after_step=after_step,
+        )
+        return measured
 
     rows = []
     for name in ("rainy", "opening 5", "opening 7"):  # never trained: the same at all steps
         measured = measure(tests, name, n=0)
         rows += [{"step": step, **row} for step in points for row in measured]
-    # Each copy has a thread of its own.  A GPU does better with one after the other.
+    # A thread for each copy; a GPU does better with one after the other.
     pool = ThreadPoolExecutor(len(COPIES) if device == "cpu" else 1)
-    for job in [pool.submit(train_copy, name) for name in COPIES]:
+    networks = {name: build_network(make, seed).to(device) for name in COPIES}
+    for job in [pool.submit(train_copy, name, networks[name]) for name in COPIES]:
         rows += job.result()  # waits; raises what went wrong
     return rows, {**tests, "backgrounds": backgrounds}
 
 
-def show(axes, image: Tensor, title: str, colour: str = "black"):
-    """Draw an image (3, h, w) in a frame, without ticks."""
+def show(axes, image: Tensor, title: str = "", colour: str = "black"):
     axes.imshow(image.permute(1, 2, 0).numpy())
     axes.set(xticks=[], yticks=[], title=title)
     axes.spines[:].set(color=colour, linewidth=1 if colour == "black" else 5)
 
 
 def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) -> Figure:
-    """Draw the backgrounds, how much unseen rain is left in training, and a test image."""
+    """Draw the backgrounds, how much unseen rain is left during training, and a test image."""
     colours = {"few": "#0072b2", "exchanged": "#d55e00", "many": "0.3"}
     names = {"few": "8 plain", "exchanged": "1 of 8 exchanged", "many": "1,024 of all kinds"}
     figure = Figure((12, 9), layout="constrained")
-    axes = figure.subplot_mosaic(
-        """
-        01x.CCCCCC
-        23..CCCCCC
-        45..CCCCCC
-        67..CCCCCC
-        aabbccddee
-        aabbccddee
-        """
-    )
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2, 1))
+    axes = top.subplot_mosaic("01xCCCCCC;23.CCCCCC;45.CCCCCC;67.CCCCCC")
 
     few = pictures["backgrounds"]["few"]
-    for i in range(8):
-        show(axes[str(i)], few[i], "")
-    show(axes["0"], few[0], "this one", colours["few"])
-    show(axes["x"], pictures["backgrounds"]["exchanged"][0], "exchanged for", colours["exchanged"])
+    show(axes["0"], few[0], title="this one", colour=colours["few"])
+    for i in range(1, 8):
+        show(axes[str(i)], few[i])
+    exchanged = pictures["backgrounds"]["exchanged"][0]
+    show(axes["x"], exchanged, title="exchanged for", colour=colours["exchanged"])
 
     left = {}
+    last = rows[-1]["step"]
     for output in ("rainy", "many", "exchanged", "few", "opening 5", "opening 7"):
         curve = [row for row in rows if row["rain"] == "unseen" and row["output"] == output]
-        steps = [row["step"] for row in curve]
-        values = [row["rain_left"] for row in curve]
-        left[output] = f"{values[-1]:.0f} %"
-        colour = colours.get(output, "0.6")
-        label = f"{names.get(output, output)}: {left[output]}"
-        axes["C"].plot(steps, values, "o-" if output in names else "--", color=colour, label=label)
-    axes["C"].set(xlabel="training step", ylabel="unseen rain that is left (%)", ylim=(0, 105))
+        left[output] = f"{curve[-1]['rain_left']:.0f} %"
+        axes["C"].plot(
+            [row["step"] for row in curve],
+            [row["rain_left"] for row in curve],
+            "o-" if output in names else "--",
+            color=colours.get(output, "0.6"),
+            label=f"{names.get(output, output)}: {left[output]}",
+        )
+    axes["C"].axis((0, 1.6 * last, 0, 105))
+    axes["C"].set(xlabel="training step", ylabel="unseen rain that is left (%)")
     axes["C"].legend(loc="center right", labelcolor="linecolor", fontsize=12)
 
     titles = {"rainy": "a test image in unseen rain", **names, "clean": "clean image"}
-    for place, output in zip("abcde", titles):
+    for place, output in zip(bottom.subplots(1, 5), titles):
         image = pictures["unseen"][output][0]
-        show(axes[place], image, titles[output], colours.get(output, "black"))
+        show(place, image, title=titles[output], colour=colours.get(output, "black"))
     figure.suptitle(
         f"Trained on 8 plain backgrounds, a network leaves {left['few']} of rain that it never "
         f"saw.\nWith one of the 8 exchanged, it leaves {left['exchanged']}.",
@@ -745,7 +745,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
 
 def crop(images: Tensor, like: Tensor) -> Tensor:
-    """Undo pad_to_multiple: cut images to the height and width of others."""
+    """Cut images to the height and width of others."""
     return images[..., : like.shape[-2], : like.shape[-1]]
 
 
@@ -759,8 +759,8 @@ class UNet(nn.Module):
     The input is padded to multiples of 4, and the output cropped.  On the way down, the sides halve
     (by max-pooling) and the channels double.  On the way up, each resolution gets back its features
     from the way down, as its first channels, before the enlarged coarse ones.
-    An output pixel depends on 44 x 44 pixels, at most 23 to one side: counted back through pairs of
-    convolutions, 5 fine, or 3 middle; 7 middle, or 4 coarse; 8 coarse; 20 middle; 44 fine.
+    An output pixel depends on 44 x 44 pixels, at most 23 to one side.  (Pairs of convolutions add 4
+    pixels each: 5 fine ones, from 3 middle; 7, from 4 coarse; 8; as middle ones 20, as fine 44.)
     """
 
     def __init__(self, channels: int = 16):
@@ -839,7 +839,7 @@ class WindowAttention(nn.Module):
 
     Each pixel makes a query (what it looks for), a key (what it offers) and a value (what it passes
     on).  The score of two pixels is the dot product of one's query and the other's key, divided by
-    the square root of their length, plus a bias and the mask.  The channels are divided among
+    the square root of their number of entries, plus a bias and the mask.  The channels are divided among
     heads.  `qkv` makes all queries, then all keys, then all values; in each, head 0 comes first.
 
     The bias depends on the offset of two pixels, in a window of 8 from -7 to 7 down and right.  So
@@ -884,7 +884,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Attention within windows, then a perceptron for each pixel (Liu et al. 2021).
+    """Attention within windows, then two linear layers for each pixel (Liu et al. 2021).
 
     Each normalizes its input first (over the channels of each pixel), and adds its output to its
     input.  With a shift (half a window), the image is rolled before it is cut, and rolled back.
@@ -918,7 +918,7 @@ class SwinGroup(nn.Module):
         self.blocks = nn.Sequential()
         for i in range(depth):
             shift = 0 if i % 2 == 0 else window // 2
-            self.blocks.append(SwinBlock(dim, heads, window, shift, hidden))
+            self.blocks.append(SwinBlock(dim, heads, window=window, shift=shift, hidden=hidden))
         self.conv = conv3x3(dim, dim)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -948,7 +948,8 @@ class SwinIR(nn.Module):
         self.groups = nn.Sequential()
         hidden = int(embed_dim * mlp_ratio)
         for depth, heads in zip(depths, num_heads, strict=True):
-            self.groups.append(SwinGroup(embed_dim, depth, heads, window_size, hidden))
+            group = SwinGroup(embed_dim, depth, heads=heads, window=window_size, hidden=hidden)
+            self.groups.append(group)
         self.norm_last = nn.LayerNorm(embed_dim)
         self.after_groups = conv3x3(embed_dim, embed_dim)
         self.last = conv3x3(embed_dim, 3)
@@ -1055,14 +1056,19 @@ def middle(channels: int) -> nn.Sequential:
 def downsample(channels: int) -> nn.Sequential:
     """Return what halves the sides of an image."""
     # One row and column are added at the right and the bottom only, as published.
-    conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
+    return nn.Sequential(
+        OrderedDict(
+            pad=nn.ZeroPad2d((0, 1, 0, 1)),
+            conv=nn.Conv2d(channels, channels, kernel_size=3, stride=2),
+        )
+    )
 
 
 def upsample(channels: int) -> nn.Sequential:
     """Return what doubles the sides of an image: each pixel is repeated, then a convolution."""
-    repeat = nn.Upsample(scale_factor=2)
-    return nn.Sequential(OrderedDict(repeat=repeat, conv=conv3x3(channels, channels)))
+    return nn.Sequential(
+        OrderedDict(repeat=nn.Upsample(scale_factor=2), conv=conv3x3(channels, channels))
+    )
 
 
 class Level(nn.Module):
@@ -1083,7 +1089,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """From an image to what quant_conv makes the latent of, level by level.
+    """From an image to z_channels features, level by level.
 
     ch: channels of the first convolution.  widths, attention: for each level, its channels, and
     whether it has attention.
@@ -1178,7 +1184,7 @@ class VQGAN(nn.Module):
     """The autoencoder of Esser et al. (2021), with its published names and default arguments.
 
     Level i has ch * ch_mult[i] channels and half the resolution of level i - 1, and attention if
-    this is in attn_resolutions, for images of `resolution` pixels a side.  There are n_embed codes
+    that resolution is in attn_resolutions, for images of `resolution` pixels a side.  There are n_embed codes
     of embed_dim numbers.  quant_conv turns the encoder's z_channels into embed_dim channels,
     post_quant_conv back.
 
@@ -1214,21 +1220,21 @@ class VQGAN(nn.Module):
         return self.decoder(self.post_quant_conv(quantized))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction of images, and the loss of the codebook."""
+        """Return the reconstruction of images, and the codebook's loss."""
         quantized, _, loss = self.quantize(self.encode(image))
         return self.decode(quantized), loss
 
 
 # a smaller VQGAN, for 8 x 8 pixels a vector, which we can pre-train in minutes
-PRIOR = {
-    "ch": 32,
-    "ch_mult": (1, 1, 2, 2),
-    "num_res_blocks": 1,
-    "attn_resolutions": (),
-    "z_channels": 64,
-    "n_embed": 1024,
-    "embed_dim": 16,
-}
+PRIOR = dict(
+    ch=32,
+    ch_mult=(1, 1, 2, 2),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    z_channels=64,
+    n_embed=1024,
+    embed_dim=16,
+)
 PRIOR_RATE = 5e-4  # at a higher learning rate, the encoder forgets what it was taught
 
 
@@ -1237,7 +1243,7 @@ def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, labe
 
     The loss is L1 and that of the codebook.  (The published VQGAN has two more, a perceptual and an
     adversarial one, which make details look real.)  For the first 30 % of the steps the codebook is
-    left out: pulled to codes that mean nothing yet, the latents would end in grey.  A code that is
+    left out: pulled to codes that mean nothing yet, the images would turn grey.  A code that is
     far from all latents is never chosen, and so never moves.  If it was not chosen for more than 30
     steps, it is replaced by a vector of the latents at hand.
     """
@@ -1328,14 +1334,19 @@ class VQGANPrior(nn.Module):
         from the quantized latent that the teacher makes of the clean image.
         """
         with torch.no_grad():
-            clean_codes, _, _ = self.vqgan.quantize(self.teacher(self.prepare(clean)))
+            target, _, _ = self.vqgan.quantize(self.teacher(self.prepare(clean)))
         latent = self.vqgan.encode(self.prepare(degraded))
-        return F.mse_loss(latent, clean_codes) + F.l1_loss(self.draw(latent, clean.shape), clean)
+        return F.mse_loss(latent, target) + F.l1_loss(self.draw(latent, clean.shape), clean)
 
 
 # ---- 8  Files: how are images and networks read and written? ------------------------------------
 #
-# Nothing of the paper is in sections 8 and 9.
+# Nothing of the paper follows.
+
+
+def complain(message: str):
+    """Print a message as one line on standard error."""
+    print(" ".join(message.split()), file=sys.stderr)
 
 
 def write_file(path: Path, content: bytes):
@@ -1365,15 +1376,15 @@ def write_table(path: Path, rows: list[dict]):
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    # surrogateescape keeps the bytes of a file's name that is not valid text.
+    # surrogateescape: file names may be no valid text
     write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def print_table(rows: list[dict]):
     print(*(f"{key:>10}" for key in rows[0]))
     for row in rows:
-        values = [round(cell, 2) if isinstance(cell, float) else cell for cell in row.values()]
-        print(*(f"{value:>10}" for value in values))
+        cells = row.values()
+        print(*(f"{cell:>10.2f}" if isinstance(cell, float) else f"{cell:>10}" for cell in cells))
 
 
 def save_figure(figure: Figure, path: Path):
@@ -1389,7 +1400,7 @@ def each(work: Callable, items: list) -> list:
         try:
             results.append(work(item))
         except BadInput as problem:
-            print("skipped:", " ".join(str(problem).split()), file=sys.stderr)  # in one line
+            complain(f"skipped: {problem}")
     if not results:
         raise BadInput("none of the files can be used")
     return results
@@ -1412,7 +1423,7 @@ def open_image(path: Path) -> Tensor:
             raise ValueError("its numbers have no known range; save it with 8 or 16 bits")
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
-            print("its alpha channel is ignored:", " ".join(str(path).split()), file=sys.stderr)
+            complain(f"{path}: its alpha channel is ignored")
         if picture.mode.startswith("I"):  # grey of 16 bits
             array = np.array(picture)[..., None] / 257  # (h, w, 1), from 0 to 255
         else:
@@ -1444,9 +1455,11 @@ def save_image(image: Tensor, path: Path, profile: bytes | None = None):
 
 def image_files(folder: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, sorted; BadInput if there are none."""
-    files = [file for file in folder.rglob("*") if SUFFIXES.get(file.suffix.lower()) in FORMATS]
-    # what a Mac leaves in a zip is no image
-    files = sorted(file for file in files if not re.search(r"__MACOSX|/\._", file.as_posix()))
+    files = []
+    for file in sorted(folder.rglob("*")):
+        left_by_mac = re.search(r"__MACOSX|/\._", file.as_posix())
+        if SUFFIXES.get(file.suffix.lower()) in FORMATS and not left_by_mac:
+            files.append(file)
     if not files:
         formats = " ".join(FORMATS)
         raise BadInput(f"{folder} is no folder with images ({formats}); links are not followed")
@@ -1465,7 +1478,7 @@ def load_images(path: Path, smallest: int = 1) -> list[Tensor]:
     if side < smallest:
         raise BadInput(f"{path} has {len(files):,} images, too many for the memory; give fewer")
 
-    def load(file):
+    def open_middle(file):
         image = open_image(file)
         _, height, width = image.shape
         if min(height, width) < smallest:
@@ -1474,14 +1487,14 @@ def load_images(path: Path, smallest: int = 1) -> list[Tensor]:
         left = max(0, width - side) // 2
         return image[:, top : top + side, left : left + side].clone()
 
-    return each(load, files)
+    return each(open_middle, files)
 
 
 def training_and_held_out(path: Path | None, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return images to train on and others to test on: of photographs three quarters and one."""
     if not path:
-        faces = [draw_face(IMAGE, stream(seed, "backgrounds", i)) for i in range(80)]
-        faces = [torch.from_numpy(face) for face in faces]
+        rngs = (stream(seed, "backgrounds", i) for i in range(80))
+        faces = [torch.from_numpy(draw_face(IMAGE, rng)) for rng in rngs]
         return faces[:64], faces[64:]
     images = load_images(path, smallest=TEST_PATCH)
     if len(images) < 2:
@@ -1494,9 +1507,10 @@ def training_and_held_out(path: Path | None, seed: int) -> tuple[list[Tensor], l
 def restore(network: nn.Module, image: Tensor, tile: int = 512) -> Tensor:
     """Restore an image (3, h, w) of any size, tile by tile, to bound the memory.
 
-    Each has a margin, so that its pixels see the same neighbours as in the whole image.
+    Each has a margin, so that its pixels see the same neighbours as in the whole image.  But the
+    normalizations of VQGANPrior depend on the tile.
     """
-    margin = 32  # UNet reaches 23 pixels; only the attention of VQGANPrior reaches further
+    margin = 32  # UNet reaches 23 pixels
     output = torch.empty_like(image)
     for top in range(0, image.shape[1], tile):
         for left in range(0, image.shape[2], tile):
@@ -1528,10 +1542,10 @@ class Placeholder:
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint onto the CPU; no function that it names is run (weights_only=True)."""
     if not Path(path).is_file():
-        raise ValueError("no file")
+        raise ValueError
     with zipfile.ZipFile(path) as archive:
         if archive.testzip():  # torch.load does not look at the checksums
-            raise ValueError("a checksum is wrong")
+            raise ValueError
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     with torch.serialization.safe_globals([(Placeholder, name) for name in names]):
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -1545,14 +1559,14 @@ def load(path: Path, kinds: list[str], expected: str) -> nn.Module:
         weights = {name: weight for name, weight in items if not name.startswith("loss.")}
         net = content["net"] if content.get("format") == 3 else "vqgan"  # a published one
         if net not in kinds:
-            raise ValueError("another kind")
+            raise ValueError
         if net in NETWORKS:
             network = build_network(NETWORKS[net])
         else:
             part = "vqgan." if net == "prior" else ""
             n_embed = len(weights[part + "quantize.embedding.weight"])
             if not 0 < n_embed <= 65_536:
-                raise ValueError("no codes, or too many")
+                raise ValueError
             # A published VQGAN has five levels, ours four.
             published = part + "encoder.down.4.block.0.conv1.weight" in weights
             arguments = {} if published else PRIOR
@@ -1561,7 +1575,7 @@ def load(path: Path, kinds: list[str], expected: str) -> nn.Module:
                 network = VQGANPrior(network)
         network.load_state_dict(weights)
         if not all(weight.isfinite().all() for weight in network.state_dict().values()):
-            raise ValueError("a weight is not finite")
+            raise ValueError
         return network
     except Exception as problem:  # an unpickler fails in as many ways as files are damaged
         raise BadInput(f"{path} is no {expected} ({type(problem).__name__})") from None
@@ -1706,10 +1720,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     pairs = find_pairs(args.rainy.resolve(), args.clean.resolve())
     if args.output:
         prepare_folder(args.output)
-    rows = []
 
     def evaluate(file):
-        """Add a row for each output."""
+        """Return a row for each output."""
         if pairs[file] is None:
             raise BadInput(f"{file} has no clean partner")
         print(f"evaluate {file}")
@@ -1722,20 +1735,21 @@ def run_evaluate(args: argparse.Namespace) -> int:
         outputs = untrained(rainy)
         for name, network in networks.items():
             outputs[name] = restore(network, rainy[0])[None]
+        rows = []
         for name, output in outputs.items():
             measures = decoupled_evaluation(output, rainy, clean)
             rows.append({"rainy": file, "clean": pairs[file], "output": name, **measures})
+        return rows
 
-    done = each(evaluate, list(pairs))
-    count = len(rows) // len(done)
-    print_table([mean_of(rows[i::count]) for i in range(count)])
+    evaluated = each(evaluate, list(pairs))
+    print_table([mean_of(rows) for rows in zip(*evaluated)])
     if args.output:
-        write_table(args.output, rows)
-    return len(pairs) - len(done)
+        write_table(args.output, sum(evaluated, []))
+    return len(pairs) - len(evaluated)
 
 
 def mean_of(rows: list[dict]) -> dict:
-    """Return the mean measures of an output over pairs; tell which pairs were left out."""
+    """Return the mean measures of an output over pairs."""
     means = {"output": rows[0]["output"], "pairs": len(rows)}
     for name in ("rain_left", "damage", "E_R", "E_B", "psnr", "ssim"):
         values = [row[name] for row in rows if math.isfinite(row[name])]
@@ -1756,12 +1770,33 @@ def positive(text: str) -> int:
     return whole_number(text, least=1)
 
 
-def shared_options(steps: int | None = None, rain: str | None = None) -> argparse.ArgumentParser:
-    """Return options of several commands; --steps and --rain only if their default is given."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add = parser.add_argument
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--device", choices=devices, default=devices[0], help="where to compute")
+def add_command(
+    commands: argparse._SubParsersAction,
+    run: Callable,
+    about: str,
+    usage: str,
+    example: str,
+    output: str = "",
+    steps: int | None = None,
+    rain: str | None = None,
+) -> Callable:
+    """Add a command, with --output, --steps and --rain if their help or default is given.
+
+    Returns the function that adds further options.
+    """
+    name = run.__name__.removeprefix("run_")
+    command = commands.add_parser(
+        name,
+        help=about,
+        description=about,
+        usage=f"derain.py {name} {usage}",
+        epilog=f"example: python derain.py {name} {example}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    add = command.add_argument
+    if output:
+        add("-o", "--output", type=Path, required=True, help=output)
     if steps:
         add("--backgrounds", type=Path, help="photographs, 128 x 128 or more; without, drawn faces")
         add("--steps", type=positive, default=steps, help="number of training steps")
@@ -1770,45 +1805,34 @@ def shared_options(steps: int | None = None, rain: str | None = None) -> argpars
         ranges = ("small", "medium", "large")
         add("--rain", choices=ranges, default=rain, help="range of training rain")
         add("--net", choices=NETWORKS, default="resnet", help="architecture")
-    return parser
+    if run != run_rain:
+        devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+        add("--device", choices=devices, default=devices[0], help="where to compute")
+    return add
 
 
-def add_command(commands, run: Callable, about: str, usage: str, example: str, *parents):
-    """Add a command with its --help; return the function that adds its options."""
-    name = run.__name__.removeprefix("run_")
-    command = commands.add_parser(
-        name,
-        help=about,
-        description=about,
-        usage=f"derain.py {name} {usage} [OPTIONS]",
-        epilog=f"example: python derain.py {name} {example}",
-        parents=parents,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    command.set_defaults(run=run)
-    return command.add_argument
-
-
-def add_learning(commands):
+def add_learning(commands: argparse._SubParsersAction):
     add = add_command(
         commands,
         run_compare,
-        "train on 8 plain backgrounds, with one exchanged, and on 1,024; draw headline.png",
-        "",
-        "--seed 1",
-        shared_options(1200, "small"),
+        about="train on 8 plain backgrounds, with one exchanged, and on 1,024; draw headline.png",
+        usage="[OPTIONS]",
+        example="--seed 1",
+        steps=1200,
+        rain="small",
     )
     add("--out", type=Path, default=Path("figures"), help="folder of headline.png")
 
     add = add_command(
         commands,
         run_train,
-        "train a network, and measure it on images that it was not trained on",
-        "-o MODEL",
-        "--backgrounds photos/ -o model.pt",
-        shared_options(2400, "large"),
+        about="train a network, and measure it on images that it was not trained on",
+        usage="-o MODEL [OPTIONS]",
+        example="--backgrounds photos/ -o model.pt",
+        output="checkpoint to write",
+        steps=2400,
+        rain="large",
     )
-    add("-o", "--output", type=Path, required=True, help="checkpoint to write")
     add("--n", type=positive, default=MANY, help="number of backgrounds")
     add(
         "--choice",
@@ -1819,45 +1843,47 @@ def add_learning(commands):
     )
     add("--vqgan", type=Path, help="pre-trained content prior to fine-tune, instead of --net")
 
-    add = add_command(
+    add_command(
         commands,
         run_vqgan,
-        "pre-train a VQGAN, the content prior of train --vqgan",
-        "-o VQGAN",
-        "--backgrounds photos/ -o vqgan.pt",
-        shared_options(5000),
+        about="pre-train a VQGAN, the content prior of train --vqgan",
+        usage="-o VQGAN [OPTIONS]",
+        example="--backgrounds photos/ -o vqgan.pt",
+        output="checkpoint to write",
+        steps=5000,
     )
-    add("-o", "--output", type=Path, required=True, help="checkpoint to write")
 
 
-def add_using(commands):
+def add_using(commands: argparse._SubParsersAction):
     add = add_command(
-        commands, run_rain, "add rain to a photograph", "PHOTO -o FILE", "photo.jpg -o rainy.png"
+        commands,
+        run_rain,
+        about="add rain to a photograph",
+        usage="PHOTO -o FILE [OPTIONS]",
+        example="photo.jpg -o rainy.png",
+        output="image file to write",
     )
     add("photo", type=Path, help="image file")
-    add("-o", "--output", type=Path, required=True, help="image file to write")
     add("--range", choices=RAIN, default="medium", help="range of the rain")
     add("--seed", type=whole_number, default=0, help="of all random numbers")
 
     add = add_command(
         commands,
         run_restore,
-        "remove the rain of photographs; writes NAME-restored.png",
-        "MODEL PHOTO... -o FOLDER",
-        "model.pt rainy1.jpg rainy2.jpg -o restored/",
-        shared_options(),
+        about="remove the rain of photographs; writes NAME-restored.png",
+        usage="MODEL PHOTO... -o FOLDER [OPTIONS]",
+        example="model.pt rainy1.jpg rainy2.jpg -o restored/",
+        output="folder to write into",
     )
     add("model", type=Path, help="checkpoint of train")
     add("photos", type=Path, nargs="+", help="image files, or folders of them")
-    add("-o", "--output", type=Path, required=True, help="folder to write into")
 
     add = add_command(
         commands,
         run_evaluate,
-        "measure networks on pairs of rainy and clean images; PSNR and SSIM are on RGB",
-        "MODEL... --rainy FOLDER --clean FOLDER",
-        "model.pt --rainy Rain100L/rainy --clean Rain100L/norain",
-        shared_options(),
+        about="measure networks on pairs of rainy and clean images; PSNR and SSIM are on RGB",
+        usage="MODEL... --rainy FOLDER --clean FOLDER [OPTIONS]",
+        example="model.pt --rainy Rain100L/rainy --clean Rain100L/norain",
     )
     add("models", type=Path, nargs="+", help="checkpoints of train")
     add("--rainy", type=Path, required=True, help="folder of rainy images")
@@ -1891,14 +1917,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return 1 if args.run(args) else 0
     except (BadInput, OSError) as problem:
-        print("derain.py:", " ".join(str(problem).split()), file=sys.stderr)  # in one line
+        complain(f"derain.py: {problem}")
         return 2
     except KeyboardInterrupt:
-        print("derain.py: stopped", file=sys.stderr)
+        complain("derain.py: stopped")
         return 130
 
 
 if __name__ == "__main__":
-    status = main()
     # without waiting for the threads of `compare`, which Ctrl-C leaves at work
-    os._exit(status)
+    os._exit(main())

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, conv2d, pad
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import derain  # noqa: E402
@@ -46,15 +47,15 @@ def draw_steps(line, seed: int):
     """Draw the steps from uniform noise to a rainy image into five axes."""
     rng = derain.stream(seed, "figure")
     noise = torch.from_numpy(rng.random((1, SIDE, SIDE), "float32"))
-    seeds = derain.streak_seeds(noise, torch.tensor([60.0]))
-    kernel = derain.streak_kernel(2, 16, 20)
-    rain = conv2d(seeds[None], kernel.flip(0, 1)[None, None], padding="same").clamp(0, 1)
+    drops = derain.drops(noise, quantity=torch.tensor([60.0]))
+    kernel = derain.streak_kernel(width=2, length=16, direction=20)
+    rain = F.conv2d(drops[None], kernel.flip(0, 1)[None, None], padding="same").clamp(0, 1)
     background = face(seed, 0)[None, :, 60 : 60 + SIDE, 60 : 60 + SIDE]
 
     show(line[0], noise[0], "1  uniform noise")
-    show(line[1], seeds[0], "2  brightest 0.6 %: seeds")
+    show(line[1], drops[0], "2  brightest 0.6 %: drops")
     show(line[2], kernel, "3  kernel: one streak")
-    show(line[3], rain[0, 0], "4  filtered seeds: rain R")
+    show(line[3], rain[0, 0], "4  filtered drops: rain R")
     show(line[4], derain.add_rain(background, rain)[0], "5  clip(background + R)")
 
 
@@ -95,28 +96,44 @@ def figure_rain(seed: int) -> tuple:
     return figure, rows
 
 
-# ---- 2  What stands behind it? ------------------------------------------------------------------
+# ---- 2  What stands behind it, and what in it looks like rain? ----------------------------------
+
+SQUARES = {"cheek": (136, 80, "#0072b2"), "eye": (100, 136, "#d55e00")}  # top, left, colour
+
+
+def draw_detail(axes, patch: Tensor, name: str) -> dict:
+    """Draw what an opening takes away from a patch, three times as bright; return its row."""
+    detail = 255 * derain.bright_detail(patch[None]).item()
+    show(axes, (3 * (patch - derain.opening(patch[None])[0])).clamp(0, 1), f"{detail:.2f}")
+    return {"patch": name, "bright_detail": detail}
 
 
 def figure_backgrounds(seed: int) -> tuple:
-    """Draw five faces, and five training patches of each third by sharpness, with their sharpness.
-
-    The patches of a third are evenly spaced from the least sharp to the sharpest.
-    """
+    """Draw where in a face bright detail is, and training patches with little and with much."""
     faces = [face(seed, i) for i in range(12)]
-    lines = {"drawn faces": torch.stack(faces[:5])}
-    for third in ("low", "any", "high"):
-        patches = derain.training_patches(faces, 64, seed, third)
-        order = derain.sharpness(patches).argsort()
-        lines[f"training patches:\n{third} sharpness"] = patches[order[::15]]
+    figure = Figure(figsize=(11, 10.5), layout="constrained")
+    figure.suptitle("An opening takes away what is bright and thin: this looks like rain.", size=15)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.35))
+    left, right = top.subfigures(1, 2, width_ratios=(1, 1.5))
+    whole = left.subplots()
+    show(whole, faces[0], "a drawn face, 256 x 256 pixels")
 
-    figure = Figure(figsize=(8.5, 7), layout="constrained")
     rows = []
-    for axes_line, (name, images) in zip(figure.subplots(4, 5), lines.items()):
-        axes_line[0].set_ylabel(name)
-        for axes, image, value in zip(axes_line, images, derain.sharpness(images).tolist()):
-            show(axes, image, f"sharpness {value:.3f}")
-            rows.append({"row": name.replace("\n", " "), "sharpness": value})
+    grid = right.subplots(2, 3)
+    for line, (name, (y, x, colour)) in zip(grid, SQUARES.items()):
+        whole.add_patch(Rectangle((x, y), 40, 40, fill=False, edgecolor=colour, linewidth=4))
+        patch = faces[0][:, y : y + 40, x : x + 40]
+        show(line[0], patch, name)
+        show(line[1], derain.opening(patch[None])[0], "its opening, 5 x 5")
+        rows.append(draw_detail(line[2], patch, name))
+        line[2].set_title(f"what is gone: {rows[-1]['bright_detail']:.1f}")
+
+    for i, (part, choice) in enumerate(zip(bottom.subfigures(2, 1), ("plain", "detailed"))):
+        part.suptitle(choice)
+        lines = part.subplots(2, 8)
+        for column, patch in zip(lines.T, derain.training_patches(faces, 8, seed, choice)):
+            show(column[0], patch)
+            rows.append(draw_detail(column[1], patch, choice))
     return figure, rows
 
 
@@ -132,7 +149,9 @@ def figure_decoupled(seed: int) -> tuple:
         "rainy input": rainy,
         "half of the rain left": (rainy + clean) / 2,
         "opening, 7 x 7 pixels": derain.opening(rainy, 7),
-        "blur, 21 x 21 pixels": avg_pool2d(pad(rainy, (10,) * 4, "reflect"), 21, 1),
+        "blur, 21 x 21 pixels": F.avg_pool2d(
+            F.pad(rainy, (10, 10, 10, 10), mode="reflect"), 21, stride=1
+        ),
         "all black": 0 * rainy,
     }
 
@@ -144,7 +163,7 @@ def figure_decoupled(seed: int) -> tuple:
     rows = []
     grid = figure.subplots(2, 5, sharey="row")
     for column, (name, output) in zip(grid.T, outputs.items()):
-        measures = derain.decoupled_evaluation(output, rainy, clean)
+        measures = derain.decoupled_evaluation(output, rainy, clean=clean)
         rows.append({"output": name, **measures})
         show(column[0], output[0], name)
         label = "rain left {rain_left:.0f} %\ndamage {damage:.0f}".format(**measures)
@@ -161,10 +180,13 @@ def figure_decoupled(seed: int) -> tuple:
     return figure, rows
 
 
-def main(arguments: list = sys.argv[1:]) -> int:
-    """Draw all three; return 0, or 2 if they cannot be written."""
+DRAW = {"rain": figure_rain, "backgrounds": figure_backgrounds, "decoupled": figure_decoupled}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw all three; return 0, 2 if they cannot be written, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description="How is rain made, what stands behind it, and how is its removal measured?",
         epilog="example: python figures/explain.py --seed 1 --out runs",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -172,12 +194,17 @@ def main(arguments: list = sys.argv[1:]) -> int:
     parser.add_argument("--out", type=Path, default="figures", help="folder of the pictures")
     args = parser.parse_args(arguments)
     try:
-        for draw in (figure_rain, figure_backgrounds, figure_decoupled):
-            name = draw.__name__.removeprefix("figure_")
-            derain.save_figure(*draw(args.seed), args.out / f"{name}.png")
-    except derain.BadInput as problem:
-        print(f"explain.py: {problem}", file=sys.stderr)
+        derain.prepare_folder(args.out / "rain.png")
+        for name in DRAW:
+            figure, rows = DRAW[name](args.seed)
+            derain.save_figure(figure, args.out / f"{name}.png")
+            derain.write_table(args.out / f"{name}.csv", rows)
+    except (derain.BadInput, OSError) as problem:
+        print("explain.py:", problem, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("explain.py: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

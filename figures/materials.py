@@ -8,21 +8,17 @@
 Conventions are those of derain.py.
 """
 
-import sys
+import math
 from functools import partial
-from math import ceil, log, pi, sqrt
-from pathlib import Path
+from itertools import product
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from numpy.random import Generator
-from torch import Tensor, arange, exp, from_numpy, where
-from torch.fft import irfft2, rfft2
-from torch.nn.functional import conv2d
+import torch.nn.functional as F
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import derain  # noqa: E402
+import derain
 
 # ---- 1  Backgrounds: which others are there? ----------------------------------------------------
 #
@@ -46,7 +42,12 @@ def paint(image, coverage, colour):
     image += coverage * (colour - image)
 
 
-def draw_dead_leaves(size: int, rng: Generator) -> np.ndarray:
+def repeat(place, count):
+    """Return coordinates that run from -0.5 to 0.5 `count` times while `place` runs from 0 to 1."""
+    return place * count % 1 - 0.5
+
+
+def draw_dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
     """Draw dead leaves: discs that hide one another, as things do in photographs.
 
     The density of their radii r is r^-3, so that there is as much to see at any scale (Lee,
@@ -57,25 +58,22 @@ def draw_dead_leaves(size: int, rng: Generator) -> np.ndarray:
     smallest = 2.5 * 4 ** rng.random()
     largest = size / 2 + 10
     # The mean of pi r^2 under the density r^-3.
-    mean_area = 2 * pi * log(largest / smallest) / (smallest**-2 - largest**-2)
-    count = ceil(8 * (size + 2 * smallest) ** 2 / mean_area)
+    mean_area = 2 * math.pi * math.log(largest / smallest) / (smallest**-2 - largest**-2)
 
-    for _ in range(count):
+    for _ in range(math.ceil(8 * (size + 2 * smallest) ** 2 / mean_area)):
         share = rng.random()  # the share of discs that are smaller than this one
         radius = (smallest**-2 * (1 - share) + largest**-2 * share) ** -0.5
-        centre_x, centre_y = rng.uniform(-radius, size + radius, 2)
+        centre = rng.uniform(-radius, size + radius, 2)  # x, y
         # Only the part of the image where the disc is has to be painted.
-        reach = radius + 2
-        top, bottom = np.clip([centre_y - reach, centre_y + reach], 0, size).astype(int)
-        left, right = np.clip([centre_x - reach, centre_x + reach], 0, size).astype(int)
-        y, x = np.ogrid[top:bottom, left:right]
-        y = (y - centre_y) / radius
-        x = (x - centre_x) / radius
+        left, top = np.clip(centre - radius - 2, 0, size).astype(int)
+        right, bottom = np.clip(centre + radius + 2, 0, size).astype(int)
+        x = (np.arange(left, right) - centre[0]) / radius
+        y = (np.arange(top, bottom)[:, None] - centre[1]) / radius
 
         colour = np.clip(scene + rng.normal(0, 0.2) + rng.normal(0, 0.06, 3), 0.05, 1)
         shading = 1 + rng.normal(0, 0.1) * x + rng.normal(0, 0.1) * y
-        coverage = inside((np.hypot(x, y) - 1) * radius, 1)
-        paint(image[:, top:bottom, left:right], coverage, colour[:, None, None] * shading)
+        disc = inside((np.hypot(x, y) - 1) * radius, 1)
+        paint(image[:, top:bottom, left:right], disc, colour=colour[:, None, None] * shading)
     return image
 
 
@@ -84,9 +82,9 @@ MANGA_SOFT = 1.2  # width of an outline of ink, in pixels of a page of 256
 
 def screentone(x, y, pitch, grey):
     """Return dots of ink on a grid turned by 45 degrees, which cover the share `grey`."""
-    u = (x + y) / sqrt(2) % pitch - pitch / 2
-    v = (x - y) / sqrt(2) % pitch - pitch / 2
-    return inside(np.hypot(u, v) - pitch * sqrt(grey / pi), MANGA_SOFT)
+    u = (x + y) / math.sqrt(2) % pitch - pitch / 2
+    v = (x - y) / math.sqrt(2) % pitch - pitch / 2
+    return inside(np.hypot(u, v) - pitch * math.sqrt(grey / math.pi), MANGA_SOFT)
 
 
 def ink_line(distance, thickness):
@@ -100,33 +98,31 @@ def manga_panel(x, y, rng):
     radius = np.hypot(x, y)
 
     if rng.random() < 0.5:  # lines of speed towards the middle
-        turns = angle / (2 * pi) * rng.integers(30, 60) % 1
-        gap = abs(turns - 0.5) * radius / 8
+        gap = abs(repeat(angle / (2 * math.pi), rng.integers(30, 60))) * radius / 8
         ink = inside(gap - rng.uniform(0.4, 0.9), MANGA_SOFT) * (radius > 60)
     else:  # a sky of dots, a ridge, and dark ground
         ridge = y - 25 * np.sin(x / rng.uniform(12, 40) + rng.uniform(0, 6)) - 8 * np.sin(x / 5)
-        sky = screentone(x, y, rng.uniform(4, 8), rng.uniform(0.1, 0.5))
+        sky = screentone(x, y, pitch=rng.uniform(4, 8), grey=rng.uniform(0.1, 0.5))
         ground = inside(rng.uniform(20, 60) - ridge, MANGA_SOFT)
-        ink = np.maximum(sky * inside(ridge, MANGA_SOFT), ground)
-        ink = np.maximum(ink, ink_line(ridge, 3))
+        ink = np.maximum.reduce([sky * inside(ridge, MANGA_SOFT), ground, ink_line(ridge, 3)])
 
     # The hero: a blob with a shadow of dots at one side.
     wobble = np.sin(rng.integers(3, 9) * angle + rng.uniform(0, 6))
     outline = radius - rng.uniform(22, 42) * (1 + 0.12 * wobble)
     dark = np.sin(angle + rng.uniform(0, 6)) > 0
-    shadow = screentone(x, y, rng.uniform(4, 7), 0.25) * dark
+    shadow = dark * screentone(x, y, pitch=rng.uniform(4, 7), grey=0.25)
     ink = np.where(outline < 0, shadow, ink)
     ink = np.maximum(ink, ink_line(outline, rng.uniform(2, 4)))
 
     for _ in range(3):  # strokes that swell and taper, as a pen's do
         curve = y - rng.uniform(-40, 40) - rng.uniform(-0.6, 0.6) * x
         curve -= 10 * np.sin(x / rng.uniform(10, 40))
-        swell = rng.uniform(1, 3.5) * (1 + np.sin(x / 30))
-        ink = np.maximum(ink, ink_line(curve, swell) * (radius < 80))
+        stroke = ink_line(curve, rng.uniform(1, 3.5) * (1 + np.sin(x / 30)))
+        ink = np.maximum(ink, stroke * (radius < 80))
     return ink
 
 
-def draw_manga(size: int, rng: Generator) -> np.ndarray:
+def draw_manga(size: int, rng: np.random.Generator) -> np.ndarray:
     """Draw a page of manga: four panels, with flat white and black, lines of ink and screentone."""
     y, x = np.mgrid[:size, :size].astype(np.float32) * (256 / size)  # a page is 256 wide
     # The gutters cross somewhere near the middle; the upright one leans.
@@ -134,22 +130,17 @@ def draw_manga(size: int, rng: Generator) -> np.ndarray:
     gutter_y = rng.uniform(90, 166)
     border = np.maximum(abs(x - 128), abs(y - 128)) - 124
 
-    page = np.zeros((size, size), np.float32)
-    for side in (-1, 1):
-        for above in (-1, 1):
-            frame = np.maximum(4 - side * (x - gutter_x), 4 - above * (y - gutter_y))
-            frame = np.maximum(frame, border)
-            middle_x = gutter_x.mean() + side * rng.uniform(40, 80)
-            middle_y = gutter_y + above * rng.uniform(40, 80)
-            drawing = manga_panel(x - middle_x, y - middle_y, rng)
-            page = np.maximum(page, drawing * inside(frame, MANGA_SOFT))
-            page = np.maximum(page, ink_line(frame, 2.5))
+    page = np.zeros_like(x)
+    for side, above in product((-1, 1), repeat=2):
+        frame = np.maximum.reduce([4 - side * (x - gutter_x), 4 - above * (y - gutter_y), border])
+        drawing = manga_panel(
+            x - (gutter_x.mean() + side * rng.uniform(40, 80)),
+            y - (gutter_y + above * rng.uniform(40, 80)),
+            rng=rng,
+        )
+        drawing *= inside(frame, MANGA_SOFT)
+        page = np.maximum.reduce([page, drawing, ink_line(frame, 2.5)])
     return 1 - np.stack([page] * 3)
-
-
-def repeat(place, count):
-    """Return coordinates that run from -0.5 to 0.5 `count` times while `place` runs from 0 to 1."""
-    return place * count % 1 - 0.5
 
 
 def paint_building(image, x, y, depth, rng):
@@ -171,29 +162,30 @@ def paint_building(image, x, y, depth, rng):
     half_width = rng.uniform(0.22, 0.38)
     half_height = rng.uniform(0.25, 0.40)
     window = np.maximum(abs(across) - half_width, abs(down) - half_height)  # signed distance
-    pane_x = abs(repeat(across / (2 * half_width), rng.integers(2, 4)))
-    pane_y = abs(repeat(down / (2 * half_height), 2))
-    bars = np.maximum(pane_x, pane_y) > 0.42
+    pane_x = repeat(across / (2 * half_width), rng.integers(2, 4))
+    pane_y = repeat(down / (2 * half_height), 2)
+    bars = np.maximum(abs(pane_x), abs(pane_y)) > 0.42
     lamps = 1 + 0.5 * np.sin(7 * np.floor(u * columns) + 13 * np.floor(v * rows))  # rooms differ
 
     wall = rng.uniform(0.25, 0.9) * np.clip(rng.normal(1, 0.15, 3), 0, 1.1)[:, None, None]
     trim = np.minimum(wall * rng.uniform(1.15, 1.5), 1)
     glass = rng.uniform(0.05, 0.45) * np.array([0.8, 0.95, 1.1])[:, None, None]
-    opening = body * inside(window, soft * columns)
-    paint(image, body, wall * (1.05 - 0.25 * u))
-    paint(image, body * (abs(down) > 0.47), 0.75 * wall)  # between two storeys
-    paint(image, body * inside(window - 0.07, soft * columns), trim)
-    paint(image, opening, glass * lamps)
-    paint(image, opening * bars, trim)
+    soft *= columns  # in the unit of `window`
+    paint(image, body, colour=wall * (1.05 - 0.25 * u))
+    paint(image, body * (abs(down) > 0.47), colour=0.75 * wall)  # between two storeys
+    paint(image, body * inside(window - 0.07, soft), colour=trim)
+    body = body * inside(window, soft)
+    paint(image, body, colour=glass * lamps)
+    paint(image, body * bars, colour=trim)
 
 
-def draw_urban(size: int, rng: Generator) -> np.ndarray:
+def draw_urban(size: int, rng: np.random.Generator) -> np.ndarray:
     """Draw a street: a sky, and two to four buildings, each in front of the one before."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
-    sky = rng.uniform(0.6, 1.1) * np.array([0.55, 0.7, 0.9])[:, None, None]
-    image = sky * (1 - 0.3 * y) + 0.25 * y
+    image = rng.uniform(0.6, 1.1) * np.array([0.55, 0.7, 0.9])[:, None, None]  # the sky
+    image = image * (1 - 0.3 * y) + 0.25 * y
     for depth in range(rng.integers(2, 5)):
-        paint_building(image, x, y, depth, rng)
+        paint_building(image, x, y=y, depth=depth, rng=rng)
     return image
 
 
@@ -205,36 +197,36 @@ PAINTERS = {
 }
 
 
-def draw_background(category: str, size: int, rng: Generator) -> Tensor:
+def draw_background(category: str, size: int, rng: np.random.Generator) -> Tensor:
     """Return a background (3, size, size) in [0, 1] of a category, a key of PAINTERS."""
-    return from_numpy(PAINTERS[category](size, rng)).float().clamp(0, 1)
+    return torch.from_numpy(PAINTERS[category](size, rng)).float().clamp(0, 1)
 
 
-def backgrounds(images: list, n: int, seed: int, choice: str) -> Tensor:
+def backgrounds(images: list[Tensor], n: int, seed: int, choice: str) -> Tensor:
     """Return training patches as derain.training_patches does, with more choices.
 
     "opened" and "closed" are "any" through a filter of 5 x 5 pixels.  The others are "plain" with
     the first patch replaced: "inverted" by the patch with the most bright detail, inverted; "edge"
-    by the sharpest of the plain half; "quantile 0.9" by the patch at this quantile of bright detail.
+    by the sharpest of the plain half; "quantile 0.9" by the patch at this quantile of bright detail
+    among all, where 1 would be the one with the most.
     """
-    if choice in ("opened", "closed"):
-        patches = derain.training_patches(images, n, seed)
-        return derain.opening(patches) if choice == "opened" else -derain.opening(-patches)
-    if choice not in ("inverted", "edge") and not choice.startswith("quantile"):
-        return derain.training_patches(images, n, seed, choice)
-
-    every = derain.training_patches(images, derain.MANY, seed)
-    half = derain.training_patches(images, derain.MANY // 2, seed, "plain")
-    order = derain.bright_detail(every).argsort()
-    patches = half[:n].clone()
+    patches = partial(derain.training_patches, images, seed=seed)
+    if choice == "opened":
+        return derain.opening(patches(n))
+    if choice == "closed":
+        return -derain.opening(-patches(n))
     if choice == "inverted":
-        patches[0] = 1 - every[order[-1]]
+        first = 1 - patches(1, choice="exchanged")[0]
     elif choice == "edge":
-        patches[0] = half[derain.sharpness(half).argmax()]
+        half = patches(derain.MANY // 2, choice="plain")
+        first = half[derain.sharpness(half).argmax()]
+    elif choice.startswith("quantile"):
+        every = patches(derain.MANY)
+        place = round(float(choice.removeprefix("quantile")) * (len(every) - 1))
+        first = every[derain.bright_detail(every).argsort()[place]]
     else:
-        quantile = float(choice.removeprefix("quantile "))
-        patches[0] = every[order[round(quantile * (derain.MANY - 1))]]
-    return patches
+        return patches(n, choice=choice)
+    return torch.cat([first[None], patches(n, choice="plain")[1:]])
 
 
 # ---- 2  Rain: what does the paper's group use? --------------------------------------------------
@@ -243,7 +235,7 @@ def backgrounds(images: list, n: int, seed: int, choice: str) -> Tensor:
 class GroupRain(NamedTuple):
     """What the rain of each image is drawn from: intervals (low, high), and a list of widths."""
 
-    amount: tuple[int, int]  # seeds per 10,000 pixels
+    amount: tuple[int, int]  # drops per 10,000 pixels
     widths: tuple[int, ...]  # of these, the side of the Gaussian's kernel in pixels
     length: tuple[int, int]  # of the line, in whole pixels
     direction: tuple[int, int]  # whole degrees from vertical; a positive streak leans like "/"
@@ -255,7 +247,6 @@ GROUP = {
     "group medium": GroupRain((50, 70), (3, 5, 5, 7), (35, 45), (-30, 30)),  # 5 twice as often
     "group large": GroupRain((80, 100), (7, 9), (45, 55), (-60, 60)),
 }
-DRY = 0.1  # share of the training images that get no rain
 
 # Rain in which one factor alone leaves the range of `small`.
 small = derain.RAIN["small"]
@@ -270,31 +261,29 @@ FACTORS = {
 def group_lines(length: Tensor, direction: Tensor, radius: int) -> Tensor:
     """Return lines (n, k, k) through the middle, 1 pixel thick, where k = 2 radius + 1.
 
-    length: (n,), in pixels.  direction: (n,), in degrees from vertical.
+    length: in pixels.  direction: in degrees from vertical.  Both are (n, 1, 1).
     The group's code draws the diagonal of a square and turns it.  So, near 45 degrees, its lines
     are longer, by up to a factor of sqrt(2).
     """
-    angle = torch.deg2rad(direction)[:, None, None]
-    x = arange(-radius, radius + 1)
+    angle = torch.deg2rad(direction)
+    x = torch.arange(-radius, radius + 1)
     y = x[:, None]  # grows downwards
     along = x * torch.sin(angle) - y * torch.cos(angle)
     across = x * torch.cos(angle) + y * torch.sin(angle)
-    ends = (length[:, None, None] / 2 + 0.5 - along.abs()).clamp(0, 1)
+    ends = (length / 2 + 0.5 - along.abs()).clamp(0, 1)
     return ends * (1 - across.abs()).clamp(0)
 
 
 def group_gaussians(width: Tensor) -> Tensor:
-    """Return Gaussian kernels (n, 9, 9), 0 outside of width x width pixels, for widths (n,)."""
-    width = width[:, None, None]
+    """Return Gaussian kernels (n, 9, 9), 0 outside of width x width pixels; width: (n, 1, 1)."""
     sigma = 0.3 * ((width - 1) / 2 - 1) + 0.8
-    x = arange(-4, 5)
-    y = x[:, None]
-    weights = exp(-(x**2 + y**2) / (2 * sigma**2))
-    weights = weights * (torch.maximum(x.abs(), y.abs()) <= width / 2)
+    x = torch.arange(-4, 5)
+    weights = torch.exp(-(x**2 + x[:, None] ** 2) / (2 * sigma**2))
+    weights = weights * (torch.maximum(x.abs(), x[:, None].abs()) <= width / 2)
     return weights / weights.sum((1, 2), keepdim=True)
 
 
-def add_group_rain(rain: GroupRain, dry: float, clean: Tensor, rng: Generator) -> Tensor:
+def add_group_rain(rain: GroupRain, dry: float, clean: Tensor, rng: np.random.Generator) -> Tensor:
     """Add rain to images (n, 3, h, w) as the paper's group does.
 
     Uniform noise below a threshold becomes 0.  The rest is filtered three times: by a kernel with 8
@@ -307,34 +296,31 @@ def add_group_rain(rain: GroupRain, dry: float, clean: Tensor, rng: Generator) -
     of it that begins at (margin, margin).
     """
     n, _, height, width = clean.shape
-    amount = rng.uniform(*rain.amount, n)
-    side = rng.choice(rain.widths, n)
-    length = rng.integers(*rain.length, n, endpoint=True)
-    direction = rng.integers(*rain.direction, n, endpoint=True)
-    weight = rng.uniform(0.7, 1, n)
-    weight[rng.random(n) < dry] = 0
+    each = (n, 1, 1)  # a number for each image
+    amount = rng.uniform(*rain.amount, each)
+    side = torch.from_numpy(rng.choice(rain.widths, each))
+    length = torch.from_numpy(rng.integers(*rain.length, each, endpoint=True))
+    direction = torch.from_numpy(rng.integers(*rain.direction, each, endpoint=True))
+    weight = rng.uniform(0.7, 1, each) * (rng.random(each) >= dry)
 
-    point = torch.zeros(1, 3, 3)
-    point[:, 1] = point[:, :, 1] = 0.1
-    point[:, 1, 1] = 8
-    radius = rain.length[1] // 2 + 1
-    lines = group_lines(from_numpy(length), from_numpy(direction), radius)
-    kernels = (point, lines, group_gaussians(from_numpy(side)))
-
+    kernels = (
+        torch.tensor([[[0, 0.1, 0], [0.1, 8, 0.1], [0, 0.1, 0]]]),
+        group_lines(length, direction, radius=rain.length[1] // 2 + 1),
+        group_gaussians(side),
+    )
     margin = sum(kernel.shape[-1] - 1 for kernel in kernels)
-    canvas = [ceil((edge + margin) / 16) * 16 for edge in (height, width)]
-    noise = from_numpy(rng.random((n, *canvas), np.float32))
-    threshold = from_numpy(1 - amount / 10_000)[:, None, None]
+    canvas = [math.ceil((edge + margin) / 16) * 16 for edge in (height, width)]
+    noise = torch.from_numpy(rng.random((n, *canvas), np.float32))
+    noise[noise < torch.from_numpy(1 - amount / 10_000)] = 0
     # As in derain.rain_layers, to filter is to multiply Fourier transforms.
-    spectrum = rfft2(where(noise < threshold, 0, noise))
+    spectrum = torch.fft.rfft2(noise)
     for kernel in kernels:
-        spectrum = spectrum * rfft2(kernel, s=canvas)
-    layer = irfft2(spectrum, s=canvas)[:, margin : margin + height, margin : margin + width]
+        spectrum = spectrum * torch.fft.rfft2(kernel, s=canvas)
+    layer = torch.fft.irfft2(spectrum, s=canvas)[:, margin:, margin:][:, :height, :width]
 
-    least = layer.amin((1, 2), keepdim=True)
-    largest = layer.amax((1, 2), keepdim=True)
-    layer = (layer - least) / (largest - least).clamp(1e-3)  # an empty layer stays empty
-    layer = from_numpy(weight)[:, None, None] * layer
+    layer = layer - layer.amin((1, 2), keepdim=True)
+    layer = layer / layer.amax((1, 2), keepdim=True).clamp(1e-3)  # an empty layer stays empty
+    layer = layer * torch.from_numpy(weight)
     return derain.add_rain(clean, layer[:, None].float())
 
 
@@ -344,54 +330,53 @@ def add_group_rain(rain: GroupRain, dry: float, clean: Tensor, rng: Generator) -
 # for each image.
 
 DEVIATION = (0.09, 0.11)  # of gaussian and correlated noise, where 1 is the range of an image
-SALT = (0.03, 0.05)  # share of the pixels that turn black or white
 
 
-def level(interval, n, rng):
+def level(interval, clean, rng):
     """Return a level (n, 1, 1, 1) for each image."""
-    return from_numpy(rng.uniform(*interval, (n, 1, 1, 1))).float()
+    return torch.from_numpy(rng.uniform(*interval, (len(clean), 1, 1, 1))).float()
 
 
-def gaussian(clean: Tensor, rng: Generator) -> Tensor:
+def gaussian(clean: Tensor, rng: np.random.Generator) -> Tensor:
     """Add Gaussian noise to images (n, 3, h, w), to each pixel and channel by itself."""
-    white = from_numpy(rng.standard_normal(clean.shape, np.float32))
-    return (clean + level(DEVIATION, len(clean), rng) * white).clamp(0, 1)
+    white = torch.from_numpy(rng.standard_normal(clean.shape, np.float32))
+    return (clean + level(DEVIATION, clean, rng=rng) * white).clamp(0, 1)
 
 
-def correlated(clean: Tensor, rng: Generator) -> Tensor:
+def correlated(clean: Tensor, rng: np.random.Generator) -> Tensor:
     """Add Gaussian noise that was blurred by a Gaussian of sigma 1.5: neighbours are alike."""
     n, channels, height, width = clean.shape
-    white = from_numpy(rng.standard_normal((n * channels, 1, height + 8, width + 8), np.float32))
-    x = arange(-4, 5) / 1.5
-    kernel = exp(-(x**2 + x[:, None] ** 2) / 2)
+    white = rng.standard_normal((n * channels, 1, height + 8, width + 8), np.float32)
+    x = torch.arange(-4, 5) / 1.5
+    kernel = torch.exp(-(x**2 + x[:, None] ** 2) / 2)
     kernel /= kernel.square().sum().sqrt()  # keeps the variance of white noise
-    noise = conv2d(white, kernel[None, None]).view(clean.shape)
-    return (clean + level(DEVIATION, n, rng) * noise).clamp(0, 1)
+    noise = F.conv2d(torch.from_numpy(white), kernel[None, None]).view(clean.shape)
+    return (clean + level(DEVIATION, clean, rng=rng) * noise).clamp(0, 1)
 
 
-def salt_and_pepper(clean: Tensor, rng: Generator) -> Tensor:
+def salt_and_pepper(clean: Tensor, rng: np.random.Generator) -> Tensor:
     """Turn some pixels of images (n, 3, h, w) black or white, with equal chances."""
-    n, _, height, width = clean.shape
-    share = level(SALT, n, rng)
-    chance = from_numpy(rng.random((n, 1, height, width), np.float32))
-    colour = (chance < share / 2).float()
-    return where(chance < share, colour, clean)
+    share = level((0.03, 0.05), clean, rng=rng)  # of the pixels
+    chance = torch.from_numpy(rng.random(clean[:, :1].shape, np.float32))
+    return torch.where(chance < share, (chance < share / 2).float(), clean)
 
 
 NOISE = {"gaussian": gaussian, "correlated": correlated, "salt and pepper": salt_and_pepper}
-RAIN = {**derain.RAIN, **FACTORS}
+RAIN = derain.RAIN | FACTORS
 
 
 def degradation(name: str, training: bool = False) -> Callable:
     """Return a function degrade(clean, rng): a rain, a noise, or "dry", which changes nothing.
 
-    training: in the group's rain, leave a share DRY of the images without rain.
+    training: in the group's rain, a tenth of the images gets none.
     """
     if name == "dry":
         return lambda clean, rng: clean
     if name in GROUP:
-        return partial(add_group_rain, GROUP[name], DRY if training else 0)
-    return NOISE.get(name) or derain.rain_degradation(RAIN[name])
+        return partial(add_group_rain, GROUP[name], 0.1 if training else 0)
+    if name in NOISE:
+        return NOISE[name]
+    return derain.rain_degradation(RAIN[name])
 
 
 # ---- 4  Controls: what makes the content prior work? --------------------------------------------
@@ -404,12 +389,13 @@ class FromNothing(derain.VQGANPrior):
     may end with two codes in use: then the network draws one image, whatever the input.
     """
 
-    loss = None  # so that derain.train takes L1, as there is no teacher to ask
-
     def __init__(self, vqgan: derain.VQGAN):
         super().__init__(vqgan)
-        self.requires_grad_(True)
-        del self.teacher
+        self.vqgan.requires_grad_(True)
+
+    def loss(self, degraded: Tensor, clean: Tensor) -> Tensor:
+        """Return L1: there is no teacher to ask."""
+        return F.l1_loss(self(degraded), clean)
 
 
 class NoCodebook(derain.Codebook):

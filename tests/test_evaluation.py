@@ -1,4 +1,4 @@
-"""Section 4: the measures against plain loops, known values and their limits; tiles."""
+"""Section 3: the measures against plain loops, known values and their limits."""
 
 import math
 
@@ -8,10 +8,9 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 import derain
-from golden import fill
+from golden import apply, check, near
 
-lab = pytest.mark.lab
-evaluation = pytest.mark.evaluation
+graded = pytest.mark.graded
 
 
 @pytest.fixture
@@ -34,174 +33,158 @@ def root_mean_square(values):
     return math.sqrt(sum(value**2 for value in values) / len(values))
 
 
-@lab
-@evaluation
-def test_mask_is_of_the_channel_that_changed_most(images):
-    _, rainy, clean = images
+def mask_by_hand(rainy, clean):
     changed = np.abs((rainy - clean).numpy()).max(1, keepdims=True)
-    mask = derain.rain_mask(rainy, clean)
-    assert mask.dtype == torch.bool and np.array_equal(mask, changed > 4 / 255 + 1e-6)
+    return torch.from_numpy(changed > 4 / 255 + 1e-6)
 
 
-@lab
-@evaluation
-def test_mask_threshold_is_strict_for_files_of_8_bits():
+def psnr_by_hand(output, clean):
+    ratios = []
+    for x, y in zip(output.double().numpy(), clean.double().numpy()):
+        error = root_mean_square((x - y).flatten())
+        ratios.append(20 * math.log10(1 / error) if error else math.inf)
+    return np.mean(ratios)
+
+
+def ssim_by_hand(output, clean):
+    """One window at a time, with weighted moments."""
+    if min(clean.shape[2:]) < 11:
+        raise ValueError
+    squares = (np.arange(11) - 5) ** 2
+    weight = np.exp(-np.add.outer(squares, squares) / (2 * 1.5**2)).flatten()
+    images = torch.stack([output, clean]).double()
+    windows = sliding_window_view(images, (11, 11), (3, 4)).reshape(2, -1, 121)
+    values = []
+    for x, y in zip(*windows):
+        m_x, m_y = np.average([x, y], 1, weight)
+        (v_x, covariance), (_, v_y) = np.cov(x, y, ddof=0, aweights=weight)
+        above = (2 * m_x * m_y + 0.01**2) * (2 * covariance + 0.03**2)
+        values.append(above / ((m_x**2 + m_y**2 + 0.01**2) * (v_x + v_y + 0.03**2)))
+    return np.mean(values)
+
+
+BY_HAND = {"rain_mask": mask_by_hand, "psnr": psnr_by_hand, "ssim": ssim_by_hand}
+
+
+def measures(images, **expected):
+    """Check what decoupled_evaluation returns for output, rainy and clean."""
+    measured = apply(derain.decoupled_evaluation, *images)
+    for name, value in expected.items():
+        near(f"decoupled_evaluation: {name}", measured[name], value, 0.01)
+
+
+def refuses(function, *images):
+    """Check that no image may differ in shape from the others."""
+    for i, image in enumerate(images):
+        for axis, size in enumerate(image.shape):
+            for smaller in (1, size - 1):
+                changed = list(images)
+                changed[i] = image.narrow(axis, 0, smaller)
+                with pytest.raises(ValueError):
+                    function(*changed)
+
+
+@graded("rain_mask", 1)
+def test_a_pixel_is_wet_if_one_channel_changed(images):
+    _, rainy, clean = images
+    check(derain.rain_mask, rainy, clean, expected=mask_by_hand(rainy, clean))
+    assert derain.rain_mask(rainy, clean).dtype == torch.bool
+
+
+@graded("rain_mask", 1)
+def test_the_threshold_is_strict_for_files_of_8_bits():
     """4 grey levels are no rain, 5 are, however the division by 255 is rounded."""
     clean = torch.arange(251.0).expand(1, 3, 1, 251)
     assert not derain.rain_mask((clean + 4) / 255, clean / 255).any()
     assert derain.rain_mask((clean + 5) / 255, clean / 255).all()
-    black = torch.zeros(1, 3, 1, 1)
-    assert not derain.rain_mask(black + 4 / 255 + 3e-7, black).any()
-    assert derain.rain_mask(black + 4 / 255 + 3e-6, black).all()
 
 
-@lab
-@evaluation
-@pytest.mark.parametrize("brightness", [1, 0], ids=["noise", "black"])
-def test_evaluation_against_loops(images, brightness):
+@graded("decoupled_evaluation", 2)
+@pytest.mark.parametrize("brightness", [1, 0])
+def test_evaluation_against_a_fit(images, brightness):
+    """By least squares: a line for all points (r, d), with an intercept for each image."""
     output, rainy, clean = images
     output = brightness * output
-    measured = derain.decoupled_evaluation(output, rainy, clean)
-
-    # One slope for all points (r, d), and an intercept for each image, by least squares.
-    r = (rainy - clean).flatten().numpy()
-    d = (output - clean).flatten().numpy()
+    r = 255 * (rainy - clean).double().numpy()
+    d = 255 * (output - clean).double().numpy()
     intercepts = np.eye(3).repeat(3 * 13 * 10, axis=0)
-    slope = np.linalg.lstsq(np.column_stack([r, intercepts]), d)[0][0]
-
-    rest, removed, background = [], [], []
-    for i, y, x in np.ndindex(3, 13, 10):
-        o, rain, b = (255 * image[i, :, y, x].numpy() for image in (output, rainy, clean))
-        rest.extend(o - b - slope * (rain - b))
-        if max(abs(rain - b)) > 4.0003:
-            removed.extend(o - rain)
-        else:
-            background.extend(o - b)
-    expected = {
-        "rain_left": 100 * slope,
-        "damage": root_mean_square(rest),
-        "E_R": root_mean_square(removed),
-        "E_B": root_mean_square(background),
-        "psnr": derain.psnr(output, clean),
-        "ssim": math.nan,
-    }
-    assert measured == pytest.approx(expected, rel=1e-4, nan_ok=True)
+    slope = np.linalg.lstsq(np.column_stack([r.flatten(), intercepts]), d.flatten())[0][0]
+    wet = mask_by_hand(rainy, clean).numpy().repeat(3, axis=1)
+    measures(
+        (output, rainy, clean),
+        rain_left=100 * slope,
+        damage=root_mean_square((d - slope * r).flatten()),
+        E_R=root_mean_square((d - r)[wet]),
+        E_B=root_mean_square(d[~wet]),
+    )
 
 
-@lab
-@evaluation
-@pytest.mark.parametrize("share", [1.4, 0, 0.3, -0.5])
-@pytest.mark.parametrize("light", [0, 1], ids=["same light", "other light"])
-def test_known_values(images, share, light):
+@graded("decoupled_evaluation", 1)
+def test_known_values(images):
     """A share of the rain was left, and a constant added to each image."""
     _, rainy, clean = images
-    added = torch.tensor([-0.1, 0.2, -0.3]) * light
-    output = clean + share * (rainy - clean) + added.view(3, 1, 1, 1)
-    measured = derain.decoupled_evaluation(output, rainy, clean)
-    assert measured["rain_left"] == pytest.approx(100 * share, abs=0.01)
-    assert measured["damage"] == pytest.approx(255 * root_mean_square(added), abs=0.01)
+    for share in (1.4, 1, 0, 0.3, -0.5):
+        for added in ([0, 0, 0], [-0.1, 0.2, -0.3]):
+            output = clean + share * (rainy - clean) + torch.tensor(added).view(3, 1, 1, 1)
+            damage = 255 * root_mean_square(added)
+            measures((output, rainy, clean), rain_left=100 * share, damage=damage)
 
 
-@lab
-@evaluation
-def test_no_pattern_of_rain_and_rain_everywhere(images):
+@graded("decoupled_evaluation", 1)
+def test_without_a_pattern_of_rain_there_is_nothing_to_measure(images):
     output, _, clean = ((8 * image).round() / 8 for image in images)  # so that sums are exact
-    wrong = 255 * (output - clean).flatten()
+    everywhere = root_mean_square(255 * (output - clean).flatten())
     faint = clean.clone()
     faint[:, :, ::2] += 2 / 255
+    for rainy in (clean, faint):
+        dry = {"rain_left": math.nan, "damage": everywhere, "E_R": math.nan, "E_B": everywhere}
+        measures((output, rainy, clean), **dry)
     lighter = clean + torch.tensor([0.125, 0.25, -0.125]).view(3, 1, 1, 1)
-    for rainy in (clean, faint, lighter):
-        measured = derain.decoupled_evaluation(output, rainy, clean)
-        assert math.isnan(measured["rain_left"])
-        assert measured["damage"] == pytest.approx(root_mean_square(wrong), rel=1e-4)
-        assert math.isnan(measured["E_R"]) == (rainy is not lighter)
-        assert math.isnan(measured["E_B"]) == (rainy is lighter)
+    measures((output, lighter, clean), rain_left=math.nan, damage=everywhere, E_B=math.nan)
+    measures((clean, lighter, clean), E_R=255 * root_mean_square([0.125, 0.25, -0.125]))
 
 
-@lab
-@evaluation
-def test_the_tensors_given_stay_as_they_are(images):
-    images = [2 * image - 0.5 for image in images]  # also outside [0, 1]
-    before = [image.clone() for image in images]
-    derain.decoupled_evaluation(*images)
-    derain.psnr(*images[:2])
-    assert all(map(torch.equal, images, before))
+@graded("decoupled_evaluation", 1)
+def test_whole_images_are_measured_as_well(images, rng):
+    """By PSNR and SSIM, from the clean image, and beyond [0, 1]; SSIM needs 11 x 11 pixels."""
+    output, rainy, clean = [2 * image - 0.5 for image in images]
+    psnr = psnr_by_hand(output, clean)
+    measures((output, rainy, clean), psnr=psnr, ssim=math.nan)
+    measures((output.mT, rainy.mT, clean.mT), psnr=psnr, ssim=math.nan)
+    output, rainy, clean = torch.from_numpy(rng.random((3, 1, 3, 11, 12))).float()
+    measures((output, rainy, clean), ssim=ssim_by_hand(output, clean))
+    refuses(derain.decoupled_evaluation, *images)
 
 
-@lab
-@evaluation
-@pytest.mark.parametrize("wrong", range(3))
-def test_wrong_shapes_are_refused(images, wrong):
-    for axis in range(4):
-        changed = list(images)
-        changed[wrong] = changed[wrong].narrow(axis, 0, 1)
-        with pytest.raises(ValueError):
-            derain.decoupled_evaluation(*changed)
-        if wrong < 2:
-            with pytest.raises(ValueError):
-                derain.psnr(*changed[:2])
-
-
-@lab
-@evaluation
-def test_psnr_is_a_mean_over_images():
-    """Of 20 and 40 dB.  All of the error is in one channel, and half of the pixels are right."""
+@graded("psnr", 1)
+def test_the_mean_of_20_and_40_dB():
+    """All of the error is in one channel, and half of the pixels are right."""
     clean = 0.8 * torch.ones(2, 3, 14, 10)
     output = clean.clone()
     output[0, 1, ::2] += 6**0.5 * 0.1  # leaves the range of images
     output[1, 2, :, ::2] -= 6**0.5 * 0.01
-    assert derain.psnr(output, clean) == pytest.approx(30, abs=1e-3)
-    assert derain.decoupled_evaluation(output, clean, clean)["psnr"] == pytest.approx(30, abs=1e-3)
-    assert derain.psnr(clean, clean) == math.inf
+    check(derain.psnr, output, clean, expected=30, tolerance=1e-3)
+    check(derain.psnr, clean, clean, expected=math.inf)
+    refuses(derain.psnr, output, clean)
 
 
-def loop_ssim(x, y):
-    """Return the SSIM of two arrays of 20 x 11, a window at a time, with weighted moments."""
-    offset = np.arange(11) - 5
-    weight = np.exp(-(offset[:, None] ** 2 + offset**2) / (2 * 1.5**2)).ravel()
-    values = []
-    for top in range(10):
-        a, b = (image[top : top + 11].ravel() for image in (x, y))
-        m, n = np.average([a, b], 1, weight)
-        (v, c), (_, w) = np.cov(a, b, ddof=0, aweights=weight)
-        above = (2 * m * n + 1e-4) * (2 * c + 9e-4)
-        values.append(above / ((m**2 + n**2 + 1e-4) * (v + w + 9e-4)))
-    return np.mean(values)
-
-
-@evaluation
-def test_ssim_against_a_loop(rng):
+@graded("ssim", 1)
+def test_similarity_against_a_loop(rng):
+    """Of dark images, where the constants count; and of their negatives, where it is negative."""
     clean = rng.random((2, 3, 20, 11)) * 0.2 + np.linspace(0, 0.8, 11)
-    clean[0] *= 0.05  # dark, so that the constants count
+    clean[0] *= 0.05
     output = clean + 0.1 * clean.max((2, 3), keepdims=True) * rng.normal(size=clean.shape)
-    expected = np.mean([loop_ssim(output[i, c], clean[i, c]) for i, c in np.ndindex(2, 3)])
-    output = torch.from_numpy(output).float()
-    clean = torch.from_numpy(clean).float()
-    assert derain.ssim(output, clean) == pytest.approx(expected, abs=1e-5)
-    measured = derain.decoupled_evaluation(output, output, clean)
-    assert measured["ssim"] == pytest.approx(expected, abs=1e-5)
+    output, clean = [torch.from_numpy(image).float() for image in (output, clean)]
+    for other in (output, 1 - clean):
+        check(derain.ssim, other, clean, expected=ssim_by_hand(other, clean))
 
 
-@evaluation
-def test_ssim_refuses_what_it_cannot_measure(rng):
+@graded("ssim", 1)
+def test_what_has_no_similarity_is_refused(rng):
     image = torch.from_numpy(rng.random((2, 3, 14, 17)))
-    low = image[:, :, :10]
-    narrow = image[..., :10]
-    for output, clean in ((low, low), (narrow, narrow), (image, image[:1])):
+    refuses(derain.ssim, image, image)
+    for small in (image[:, :, :10], image[..., :10]):
         with pytest.raises(ValueError):
-            derain.ssim(output, clean)
-    for image in (low, narrow):
-        assert math.isnan(derain.decoupled_evaluation(image, image, image)["ssim"])
-
-
-@pytest.mark.parametrize("size", [5, 7])
-def test_opening_against_all_squares(size, rng):
-    image = rng.random((16, 11))
-
-    def squares(picture, beyond):
-        padded = np.pad(picture, size // 2, constant_values=beyond)
-        return sliding_window_view(padded, (size, size))
-
-    smallest = squares(image, 1).min((2, 3))
-    opened = derain.opening(torch.from_numpy(image).expand(2, 3, -1, -1), size)
-    assert np.array_equal(opened[1, 2], squares(smallest, 0).max((2, 3)))
+            derain.ssim(small, small)
+    smallest = image[..., :11, :11]
+    check(derain.ssim, smallest, smallest, expected=1)
