@@ -1,8 +1,8 @@
 """Why do image-restoration networks fail on degradations that they have not seen?
 
-Hu et al. (arXiv 2502.12600) answer: not because they are too small, but because they learn the
+Hu et al. (arXiv 2502.12600; here "the paper") answer: not because they are too small, but because they learn the
 degradation instead of the image.  A network can know how rain looks, or how images without rain
-look.  Only the second helps in rain that it never saw.  (Below, this is "the paper".)
+look.  Only the second helps in rain that it never saw.
 
 Part I is the lesson.  A network that is trained on 8 plain background images removes most of a rain
 that it never saw.  With one of the 8 exchanged for an image with bright, thin structure, such as an eye, it
@@ -89,8 +89,8 @@ class RainRange(NamedTuple):
     either_side: bool = False  # True: half of the images lean to the other side
 
 
-# "small" lies within "medium", and "medium" within "large".  No training uses "unseen": its
-# directions and lengths lie outside "large".
+# "small" lies within "medium", "medium" within "large".  No training uses "unseen": its directions
+# and lengths lie outside "large".
 #                    quantity   width       length    direction
 RAIN = {
     "small": RainRange((60, 80), (1.5, 2.0), (12, 16), (-5, 5)),
@@ -149,7 +149,7 @@ def rain_layers(
 ) -> Tensor:
     """Return n rain layers (n, 1, h, w) in [0, 1]; size is (h, w), or one number for both.
 
-    Streaks add up, to at most 1.  Some enter from drops outside the image.
+    Each has its own factors.  Streaks add up, to at most 1; some enter from outside the image.
     """
     height, width = (size, size) if isinstance(size, int) else size
     quantity, streak_width, streak_length, direction = (
@@ -203,7 +203,7 @@ def rain_degradation(rain_range: RainRange) -> Callable[[Tensor, np.random.Gener
 #     opening          2 2 2 2 2 2 2 2 2 7 7 7 7 7 7      the edge stays, the thin line is gone
 #     patch - opening  0 0 0 0 7 7 0 0 0 0 0 0 0 0 0
 #
-# A plain patch, such as a cheek, has hardly any bright detail.  It may have edges.
+# A plain patch, such as a cheek, has hardly any.  It may have edges.
 
 PATCH = 40  # side of a training patch, in pixels
 MANY = 1024  # backgrounds of a network that is trained on many
@@ -249,8 +249,8 @@ def draw_face(size: int, rng: np.random.Generator) -> np.ndarray:
 def sample_patches(images: list[Tensor], n: int, size: int, rng: np.random.Generator) -> Tensor:
     """Cut n patches (n, 3, size, size) out of images (3, h, w), at random places.
 
-    Images are taken in random order, each once before any is used twice.  Raises ValueError if one
-    of these is smaller than a patch.
+    All places are equally likely.  Images are taken in random order, each once before any is used
+    twice.  Raises ValueError if one of these is smaller than a patch.
     """
     order = [rng.permutation(len(images)) for _ in range(math.ceil(n / len(images)))]
     patches = []
@@ -376,23 +376,25 @@ def decoupled_evaluation(output: Tensor, rainy: Tensor, clean: Tensor) -> dict[s
         raise ValueError("output, rainy and clean differ in shape")
     r = (rainy - clean).double()
     d = (output - clean).double()
-    wet = rain_mask(rainy, clean).expand_as(clean)
+    wet = rain_mask(rainy, clean)
+    share = wet.double().mean().item()  # of wet pixels
 
     pattern = r - r.mean((1, 2, 3), keepdim=True)
     variance = pattern.square().mean().item()
     covariance = (pattern * d).mean().item()
     del pattern  # 0.3 GB for a photograph of 12 megapixels
-    rains = bool(wet.any()) and variance > 1e-12  # less is an error of rounding
+    rains = share > 0 and variance > 1e-12  # less is an error of rounding
     slope = covariance / variance if rains else 0
 
-    def rms(values):
-        return 255 * values.square().mean().sqrt().item()  # NaN if there are none
+    def rms(values, share):
+        """Over a share of the pixels; elsewhere the values are 0."""
+        return 255 * math.sqrt(values.square().mean().item() / share) if share else math.nan
 
     return {
         "rain_left": 100 * slope if rains else math.nan,
-        "damage": rms(d - slope * r),
-        "E_R": rms((d - r).masked_select(wet)),  # d - r = output - rainy
-        "E_B": rms(d.masked_select(~wet)),
+        "damage": rms(d - slope * r, share=1),
+        "E_R": rms((d - r) * wet, share=share),  # d - r = output - rainy
+        "E_B": rms(d * ~wet, share=1 - share),
         "psnr": psnr(output, clean),
         "ssim": ssim(output, clean) if min(clean.shape[-2:]) >= 11 else math.nan,
     }
@@ -496,7 +498,7 @@ def build_network(make: type[nn.Module], seed: int = 0, **arguments) -> nn.Modul
     with torch.random.fork_rng(devices=[]):  # torch's random state stays as it was
         torch.manual_seed(seed)
         network = make(**arguments)
-    # CPUs convolve faster with the channels of a pixel next to each other in memory.
+    # CPUs convolve faster with the channels of a pixel side by side.
     return network.to(memory_format=torch.channels_last)
 
 
@@ -506,7 +508,7 @@ def cosine_decay(step: int, steps: int) -> float:
 
 
 def print_progress(label: str, done: int, steps: int, loss: float, begun: float):
-    """Print a line after every 50th step and the last; begun: by time.monotonic()."""
+    """Print a line after every 50th step and the last; begun: time.monotonic()."""
     if label and (done % 50 == 0 or done == steps):
         left = (time.monotonic() - begun) / done * (steps - done)
         # with its end, so that lines of several threads do not mix
@@ -669,7 +671,7 @@ def compare(
     pool = ThreadPoolExecutor(len(COPIES) if device == "cpu" else 1)
     networks = {name: build_network(make, seed).to(device) for name in COPIES}
     for job in [pool.submit(train_copy, name, networks[name]) for name in COPIES]:
-        rows += job.result()  # waits; raises what went wrong
+        rows += job.result()  # waits
     return rows, {**tests, "backgrounds": backgrounds}
 
 
@@ -754,7 +756,7 @@ def two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Convolutions at three resolutions, from fine to coarse and back (Ronneberger et al. 2015).
+    """Convolutions at three resolutions; added to the input (Ronneberger et al. 2015).
 
     The input is padded to multiples of 4, and the output cropped.  On the way down, the sides halve
     (by max-pooling) and the channels double.  On the way up, each resolution gets back its features
@@ -769,7 +771,7 @@ class UNet(nn.Module):
         self.down1 = two_convolutions(3, c)
         self.down2 = two_convolutions(c, c2)
         self.bottom = two_convolutions(c2, c4)
-        # A transposed convolution of size 2 and stride 2: each pixel becomes 2 x 2 pixels.
+        # A transposed convolution: each pixel becomes 2 x 2 pixels.
         self.enlarge2 = nn.ConvTranspose2d(c4, c2, kernel_size=2, stride=2)
         self.up2 = two_convolutions(c4, c2)
         self.enlarge1 = nn.ConvTranspose2d(c2, c, kernel_size=2, stride=2)
@@ -1022,7 +1024,8 @@ class ResidualBlock(nn.Module):
 class PixelAttention(nn.Module):
     """Attention among all pixels, with a single head; added to its input (n, c, h, w).
 
-    Queries, keys and values are made of the normalized input; proj_out comes last.
+    Queries, keys and values are made of the normalized input, scores divided by the root of c;
+    proj_out comes last.
     """
 
     def __init__(self, channels: int):
@@ -1105,8 +1108,8 @@ class Encoder(nn.Module):
             level = Level(inputs, width, blocks=blocks, attention=attends)
             level.downsample = downsample(width)
             self.down.append(level)
-        # The last level keeps its size.  (Made and replaced: the weights after it are drawn as for
-        # the runs in figures/runs.csv.)
+        # The last level keeps its size.  (Made and replaced, as the weights of figures/runs.csv
+        # were drawn so.)
         self.down[-1].downsample = nn.Identity()
         self.mid = middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
@@ -1225,7 +1228,7 @@ class VQGAN(nn.Module):
         return self.decode(quantized), loss
 
 
-# a smaller VQGAN, for 8 x 8 pixels a vector, which we can pre-train in minutes
+# a smaller VQGAN, 8 x 8 pixels a vector, to pre-train in minutes
 PRIOR = dict(
     ch=32,
     ch_mult=(1, 1, 2, 2),
@@ -1457,7 +1460,7 @@ def image_files(folder: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, sorted; BadInput if there are none."""
     files = []
     for file in sorted(folder.rglob("*")):
-        left_by_mac = re.search(r"__MACOSX|/\._", file.as_posix())
+        left_by_mac = re.search(r"(^|/)(\._|__MACOSX/)", file.relative_to(folder).as_posix())
         if SUFFIXES.get(file.suffix.lower()) in FORMATS and not left_by_mac:
             files.append(file)
     if not files:
@@ -1540,7 +1543,7 @@ class Placeholder:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint onto the CPU; no function that it names is run (weights_only=True)."""
+    """Read a checkpoint onto the CPU; no function that it names is run."""
     if not Path(path).is_file():
         raise ValueError
     with zipfile.ZipFile(path) as archive:
@@ -1693,10 +1696,10 @@ def find_pairs(rainy_folder: Path, clean_folder: Path) -> dict[Path, Path | None
     numbers in their names; or else if the only number of the clean name is the first of the rainy
     one.  Raises BadInput if there is a choice between two.
     """
-    if rainy_folder == clean_folder:
-        raise BadInput(f"--rainy and --clean are both {rainy_folder}; give two folders")
     rainy_files = set(image_files(rainy_folder))
     clean_files = set(image_files(clean_folder))
+    if rainy_files == clean_files:
+        raise BadInput("--rainy and --clean hold the same files; give two folders")
     # If one folder lies within the other, the files of the inner one belong to it alone.
     inner = rainy_files & clean_files
     known = {}  # the clean files that a name leads to
@@ -1732,13 +1735,15 @@ def run_evaluate(args: argparse.Namespace) -> int:
             raise BadInput(f"{file} and {pairs[file]} differ in size")
         if not rain_mask(rainy, clean).any():
             print(f"no rain in {file}")
-        outputs = untrained(rainy)
-        for name, network in networks.items():
-            outputs[name] = restore(network, rainy[0])[None]
-        rows = []
-        for name, output in outputs.items():
+
+        def row(name, output):
             measures = decoupled_evaluation(output, rainy, clean)
-            rows.append({"rainy": file, "clean": pairs[file], "output": name, **measures})
+            return {"rainy": file, "clean": pairs[file], "output": name, **measures}
+
+        # one after the other, to save memory
+        rows = [row(name, output) for name, output in untrained(rainy).items()]
+        for name, network in networks.items():
+            rows.append(row(name, restore(network, rainy[0])[None]))
         return rows
 
     evaluated = each(evaluate, list(pairs))
@@ -1780,10 +1785,7 @@ def add_command(
     steps: int | None = None,
     rain: str | None = None,
 ) -> Callable:
-    """Add a command, with --output, --steps and --rain if their help or default is given.
-
-    Returns the function that adds further options.
-    """
+    """Add a command, with --output, --steps and --rain if given; return what adds options."""
     name = run.__name__.removeprefix("run_")
     command = commands.add_parser(
         name,
@@ -1925,5 +1927,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # without waiting for the threads of `compare`, which Ctrl-C leaves at work
+    # without waiting for the threads of `compare` after Ctrl-C
     os._exit(main())

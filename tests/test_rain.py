@@ -97,11 +97,15 @@ def asked(monkeypatch):
 @pytest.mark.parametrize("name, size", [("large", (40, 29)), ("large", 30), ("unseen", (37, 18))])
 def test_each_drop_leaves_its_streak(name, size, asked):
     """Also if it lies outside the frame."""
-    layers = derain.rain_layers(4, size, derain.RAIN[name], np.random.default_rng(3))
+    again, layers = [
+        derain.rain_layers(4, size, derain.RAIN[name], np.random.default_rng(3)) for _ in range(2)
+    ]
+    near("rain_layers of the same generator", layers, again, 0)
     height, width = (size, size) if isinstance(size, int) else size
     assert layers.shape == (4, 1, height, width) and layers.dtype == torch.float32
     assert layers.min() >= 0 and layers.max() <= 1
-    for layer, kernel, drops in zip(layers, asked["kernel"], asked["drops"], strict=True):
+    assert len(asked["kernel"]) == len(asked["drops"]) == 8, "rain_layers: call both functions"
+    for layer, kernel, drops in zip(layers, asked["kernel"], asked["drops"]):
         # The sum of all streaks, at most 1; the frame may lie anywhere on it.
         rain = F.conv2d(drops[None, None], kernel.flip(0, 1)[None, None])[0].clamp(0, 1)
         frames = rain.unfold(1, height, 1).unfold(2, width, 1)

@@ -51,6 +51,7 @@ def test_backgrounds_are_drawn_and_mirrored_by_chance():
     drawn = np.reshape(drawn, (300, derain.BATCH))
     often = np.bincount(drawn.flatten(), minlength=24)
     near("train: how often each is drawn", often, 24 * [100], 50)
+    near("train: the share of mirrored ones", (drawn >= 12).mean(), 0.5, 0.05)
     spread = (drawn >= 12).mean(1).std()
     near("train: how much the share of mirrored ones varies", spread, 0.125**0.5 / 2, 0.035)
     # One in 12 of the 28 pairs in a batch shows the same background.
