@@ -132,6 +132,8 @@ def test_a_checkpoint_round_trip_and_flipped_bits(net, tmp_path, rng):
     path = tmp_path / "a.pt"
     network = saved(path, net)
     assert same(load(path, net), network)
+    with pytest.raises(derain.BadInput):  # the other function wants another kind
+        load(path, "resnet" if net == "vqgan" else "vqgan")
     whole = path.read_bytes()
     refused = 0
     for place in rng.integers(len(whole), size=12):
@@ -160,13 +162,10 @@ wide = torch.ones(1).expand(10**7, 16)  # small in a file, large in memory
     "net, change",
     [
         ("resnet", {"format": 2}),  # the second edition
-        ("resnet", {"state_dict": None}),
         ("resnet", {"head.weight": "no tensor"}),
         ("resnet", {"head.weight": wide}),
         ("resnet", {"tail.bias": torch.tensor([0, torch.nan, 0])}),
-        ("prior", {"net": "vqgan"}),
         ("prior", {f"vqgan.{CODES}": wide}),
-        ("vqgan", {"net": "prior"}),
         ("vqgan", {CODES: wide}),
         ("vqgan", {CODES: wide[:0]}),
         ("vqgan", {"encoder.down.4.block.0.conv1.weight": torch.ones(3)}),
