@@ -537,8 +537,7 @@ def train(
     label: of the lines of progress; without one there are none.
     after_step: called after each step with the number of steps done.
     """
-    # A second thread gains little on small networks.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a second thread gains little on small networks
     device = next(network.parameters()).device
     optimizer = torch.optim.Adam(network.parameters(), fused=True)  # fused: faster
     begun = time.monotonic()
@@ -903,7 +902,7 @@ class SwinBlock(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        _, h, w, _ = image.shape  # (n, h, w, c)
+        _, h, w, _ = image.shape
         mask = shift_mask(h, w, window=self.window).to(image.device) if self.shift else None
         rolled = self.norm(image).roll((-self.shift, -self.shift), dims=(1, 2))
         attended = self.attention(to_windows(rolled, self.window), mask)
@@ -1914,6 +1913,7 @@ def main(arguments: list[str] | None = None) -> int:
             # for odd file names; and os._exit, below, flushes no buffer
             output.reconfigure(errors="replace", line_buffering=True)
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # two wait for each other
     arguments = sys.argv[1:] if arguments is None else arguments
     args = make_parser().parse_args(arguments or ["compare"])
     try:

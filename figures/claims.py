@@ -603,7 +603,7 @@ def summary_line(name, claim, panels):
         counts.append(f"{words.count('reproduced')} yes, {words.count('opposite')} no")
     found = {panel: verdicts[claim.primary] for panel, verdicts in panels.items()}
     means = [one.mean for one in found.values()]
-    weakest = min(found, key=lambda panel: found[panel].mean / found[panel].half)
+    weakest = min(found, key=lambda panel: found[panel].mean - found[panel].half)
     return (
         f"| `{name}` | {claim.statement} | {claim.primary} | {len(panels)} | {' | '.join(counts)} "
         f"| {min(means):+.1f} to {max(means):+.1f} | {weakest}: {text_of(found[weakest])} |"

@@ -37,7 +37,7 @@ def main(monkeypatch, capsys):
 # ---- materials ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, seed", [*product(materials.GROUP, range(24))])
+@pytest.mark.parametrize("name, seed", [*product(materials.GROUP, range(20, 36))])
 def test_rain_of_the_group_step_by_step(name, seed):
     amounts, widths, lengths, directions = materials.GROUP[name]
     rng = derain.stream(seed)
@@ -75,6 +75,7 @@ def test_noise_has_its_power_and_its_correlation(kind, alike, rng):
     noise = materials.degradation(kind)(torch.full((40, 3, 64, 64), 0.5), rng) - 0.5
     power = noise.square().mean((1, 2, 3)).sqrt()
     assert abs(power.mean() - 0.1) < 0.006 and power.std() > 0.003
+    assert abs(noise.mean()) < 0.005
     neighbours = (noise[..., 1:] * noise[..., :-1]).mean() / noise.square().mean()
     assert abs(neighbours - alike) < 0.03
 
@@ -118,7 +119,7 @@ def test_interval_by_the_t_distribution_and_by_nadeau_and_bengio(n, rng):
     found = claims.verdict(effects)
     # In standard errors of the mean:
     within = t_within(found.half / math.sqrt(np.var(effects) / (n - 1)), n - 1)
-    assert abs(within - 0.95) < 1e-4
+    assert round(within, 4) == 0.95
     shared = claims.verdict(effects, photographs=True).half
     assert (shared / found.half) ** 2 == pytest.approx(1 + n * 6 / 18)
 
@@ -126,8 +127,8 @@ def test_interval_by_the_t_distribution_and_by_nadeau_and_bengio(n, rng):
 def test_firm_is_what_no_single_seed_decides():
     for effects, word, firm in (
         ((-10, -10.5, -11), "opposite", True),
-        ((9, 10, 11, 0), "undecided", False),  # without the last one reproduced
-        ((0, 9, 10, 11, 11), "reproduced", False),  # without the last one undecided
+        ((0, 9, 10, 11), "undecided", False),  # without the first one reproduced
+        ((2, 9, 10, 11), "reproduced", False),  # without the last one undecided
     ):
         assert claims.verdict(np.array(effects))[-2:] == (word, firm)
 
@@ -135,7 +136,7 @@ def test_firm_is_what_no_single_seed_decides():
 def test_correlation_by_fisher():
     found = claims.correlation([(0, 0), (1, 1), (2, 0), (3, 1)])
     # r is 1 / sqrt(5), and z is 0.48121 ± 1.96.
-    assert found == pytest.approx([0.44721, -0.90124, 0.98496], abs=1e-5)
+    assert found == pytest.approx([0.4472135955, -0.9012406976, 0.9849567594])
 
 
 # ---- claims -------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def made_up(runs, rng):
     table = {}
     for run in runs:
         for test, step in product(claims.tests_of(run), claims.steps_of(run)):
-            table[run, test, step] = dict(zip(claims.COLUMNS, rng.uniform(-30, 50, 7)))
+            table[run, test, step] = dict(zip(claims.COLUMNS, rng.random(7)))
     return table
 
 
@@ -206,15 +207,14 @@ def test_tracked_files_follow_from_the_tracked_rows(tmp_path, monkeypatch, main)
     "options, seeds, place",
     [
         (["detail"], range(20, 30), "figures"),  # twice as many seeds with 8 any
-        (["detail", "--first=40", "--seeds=3"], range(40, 46), "runs"),
-        (["few", "--first=0", "--runs=X"], range(5), "X"),
+        (["detail", "--first=0"], range(10), "runs"),
+        (["few", "--seeds=3"], range(10, 13), "runs"),
     ],
 )
 def test_which_seeds_are_run_and_where_it_is_told(
     options, seeds, place, tmp_path, monkeypatch, main
 ):
     found = {}
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(claims, "FIGURES", tmp_path / "figures")
     monkeypatch.setattr(claims, "do_runs", lambda runs, *_, **__: found.update(runs=runs))
     monkeypatch.setattr(claims, "report", lambda *_, out, **__: found.update(out=out))
@@ -243,7 +243,7 @@ def test_ranks_share_the_work_and_damage_is_named(photos, tmp_path, rng, main, c
     result = claims.file_of(first, tmp_path)
     whole = result.read_text()
     left = {place: cells for place, cells in table.items() if place[0] != first}
-    for content in (whole.replace("damage", "harm"), "[1, 2]", whole[:-9]):
+    for content in (whole.replace("damage", "harm"), "[1, 2]", whole[:99]):
         claims.report(left, everything, [], out=tmp_path)
         result.write_text(content)
         told = main(*options)
