@@ -230,6 +230,24 @@ def backgrounds(images: list[Tensor], n: int, seed: int, choice: str) -> Tensor:
 
 
 # ---- 2  Rain: what does the paper's group use? --------------------------------------------------
+#
+# A public fork of BasicSR by one of the paper's authors (zhiyuanyou/BasicSR, branches on deraining)
+# shows how the group worked, in contrast to derain.py:
+#
+#                          their fork                             derain.py
+#   rain                   uniform noise, the top kept; motion    the same steps, streak peaks
+#                          blur, turned; weight 0.7-1.0; nine     0.3-0.8, every image
+#                          of ten images
+#   small, medium, large:
+#   drops per 10,000       20-40, 50-70, 80-100                   60-80, 40-120, 20-160, nested
+#   width, pixels          1-3, 3-7, 7-9 (side of their kernel)   1.5-2, 1.3-2.5, 1-3
+#   length, pixels         25-35, 35-45, 45-55                    12-16, 9-20, 6-24; unseen 28-36
+#   direction, degrees     10, 30, 60 to both sides               5, 20, 45; unseen 55-75
+#   images, patches        DIV2K at 1,024 pixels, patches of 128  drawn 256 or photographs, 40
+#   network                SwinIR, 60 channels, 4 x 6 blocks      ResNet, UNet, SwinIR of 2 blocks,
+#                                                                 16 channels
+#   training               L1, Adam 2e-4, batch 8, 120,000 steps  L1, Adam 2e-3, batch 8, 2,400 steps
+#   wet pixels             rain above 50 of 255                   seen change above 4 of 255
 
 
 class GroupRain(NamedTuple):
