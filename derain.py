@@ -1,12 +1,12 @@
 """Why do image-restoration networks fail on degradations that they have not seen?
 
-Hu et al. (arXiv 2502.12600; here "the paper") answer: not because they are too small, but because they learn the
-degradation instead of the image.  A network can know how rain looks, or how images without rain
-look.  Only the second helps in rain that it never saw.
+Hu et al. (arXiv 2502.12600; here "the paper") answer: not because they are too small, but because
+they learn the degradation instead of the image.  A network can know how rain looks, or how images
+without rain look.  Only the second helps in rain that it never saw.
 
 Part I is the lesson.  A network that is trained on 8 plain background images removes most of a rain
-that it never saw.  With one of the 8 exchanged for an image with bright, thin structure, such as an eye, it
-leaves most of it.  `python derain.py` runs this in about a minute.  Part II is the rest.
+that it never saw.  With one of the 8 exchanged for an image with bright, thin structure, such as an
+eye, it leaves most of it.  `python derain.py` runs this in about a minute.  Part II is the rest.
 
 Part I:   1 rain, 2 backgrounds, 3 measures, 4 network and training, 5 main job
 Part II:  6 more networks, 7 content prior, 8 files, 9 commands
@@ -196,8 +196,8 @@ def rain_degradation(rain_range: RainRange) -> Callable[[Tensor, np.random.Gener
 #
 # A streak is bright and thin.  Some backgrounds show bright, thin structure as well: the white of
 # an eye, a twig in the sun.  A filter, the opening, removes whatever is bright and narrower than a
-# small square.  What it takes from a *clean* patch is what looks like rain in it; the mean of this is the
-# patch's bright detail.  Along one row of pixels, with a square of 5:
+# small square.  What it takes from a *clean* patch is what looks like rain in it; the mean of this
+# is the patch's bright detail.  Along one row of pixels, with a square of 5:
 #
 #     patch            2 2 2 2 9 9 2 2 2 7 7 7 7 7 7
 #     opening          2 2 2 2 2 2 2 2 2 7 7 7 7 7 7      the edge stays, the thin line is gone
@@ -323,8 +323,9 @@ def training_patches(images: list[Tensor], n: int, seed: int, choice: str = "any
 
 # ---- 3  Measures: was the rain removed, and was the background kept? ----------------------------
 #
-# PSNR, from the mean squared error, cannot tell rain that was left from a background that was damaged.  With
-# the clean image, both can be asked.  Call what rain changed r, and what is wrong in the output d:
+# PSNR, from the mean squared error, cannot tell rain that was left from a background that was
+# damaged.  With the clean image, both can be asked.  Call what rain changed r, and what is wrong in
+# the output d:
 #
 #     r = rainy - clean          d = output - clean
 #
@@ -341,9 +342,9 @@ def training_patches(images: list[Tensor], n: int, seed: int, choice: str = "any
 # In each image the line may lie higher or lower than (0, 0), so that an output that is the rainy
 # image, only darker, has all its rain left.  The slope ignores this shift; damage counts it.
 #
-# Rain left and damage are read together: a grey image has little rain left, and only its damage shows that it is
-# useless.  The paper splits the pixels instead: E_R is how much was changed where it rained (the
-# wet pixels), E_B how much is wrong elsewhere.
+# Rain left and damage are read together: a grey image has little rain left, and only its damage
+# shows that it is useless.  The paper splits the pixels instead: E_R is how much was changed where
+# it rained (the wet pixels), E_B how much is wrong elsewhere.
 
 RAIN_THRESHOLD = 4 / 255  # a pixel counts as wet if rain changed it by more than 4 grey levels
 
@@ -760,8 +761,8 @@ class UNet(nn.Module):
     The input is padded to multiples of 4, and the output cropped.  On the way down, the sides halve
     (by max-pooling) and the channels double.  On the way up, each resolution gets back its features
     from the way down, as its first channels, before the enlarged coarse ones.
-    An output pixel depends on 44 x 44 pixels, at most 23 to one side.  (Pairs of convolutions add 4
-    pixels each: 5 fine ones, from 3 middle; 7, from 4 coarse; 8; as middle ones 20, as fine 44.)
+    An output pixel depends on 44 x 44 pixels, at most 23 to one side: pairs of convolutions add 4,
+    8, 16, 8 and 4 pixels to a coarse one of 4 x 4.
     """
 
     def __init__(self, channels: int = 16):
@@ -840,8 +841,9 @@ class WindowAttention(nn.Module):
 
     Each pixel makes a query (what it looks for), a key (what it offers) and a value (what it passes
     on).  The score of two pixels is the dot product of one's query and the other's key, divided by
-    the square root of their number of entries, plus a bias and the mask.  The channels are divided among
-    heads.  `qkv` makes all queries, then all keys, then all values; in each, head 0 comes first.
+    the square root of their number of entries, plus a bias and the mask.  The channels are divided
+    among heads.  `qkv` makes all queries, then all keys, then all values; in each, head 0 comes
+    first.
 
     The bias depends on the offset of two pixels, in a window of 8 from -7 to 7 down and right.  So
     each head has 15 x 15 learned numbers, a column of position_bias:
@@ -994,9 +996,9 @@ def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
 def group_norm(channels: int) -> nn.GroupNorm:
     """Return a normalization over groups of channels: 4 in each, or more if there are above 128.
 
-    It takes off the mean, then divides by the deviation.  Alone, channels with the pixels (1, 3) and
-    (5, 7) both become (-1, 1): that the second is brighter is lost.  In one group, of mean 4, they
-    become (-3, -1) and (1, 3) before the division.
+    It takes off the mean, then divides by the deviation.  Alone, channels with the pixels (1, 3)
+    and (5, 7) both become (-1, 1): that the second is brighter is lost.  In one group, of mean 4,
+    they become (-3, -1) and (1, 3) before the division.
     """
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
@@ -1122,7 +1124,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent to image: the levels of the encoder in reverse, each with one block more; up[0] last."""
+    """Latent to image: the encoder's levels in reverse, each with one block more; up[0] last."""
 
     def __init__(self, widths: list[int], blocks: int, attention: list[bool], z_channels: int):
         super().__init__()
@@ -1186,9 +1188,9 @@ class VQGAN(nn.Module):
     """The autoencoder of Esser et al. (2021), with its published names and default arguments.
 
     Level i has ch * ch_mult[i] channels and half the resolution of level i - 1, and attention if
-    that resolution is in attn_resolutions, for images of `resolution` pixels a side.  There are n_embed codes
-    of embed_dim numbers.  quant_conv turns the encoder's z_channels into embed_dim channels,
-    post_quant_conv back.
+    that resolution is in attn_resolutions, for images of `resolution` pixels a side.  There are
+    n_embed codes of embed_dim numbers.  quant_conv turns the encoder's z_channels into embed_dim
+    channels, post_quant_conv back.
 
     Note: images are in [-1, 1] here, not in [0, 1].
     """
@@ -1291,9 +1293,9 @@ def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, labe
 class VQGANPrior(nn.Module):
     """A restoration network that draws with the codes of clean images only.
 
-    It starts from a copy of a pre-trained VQGAN.  Codebook and decoder are frozen, so whatever comes
-    out was assembled from these codes.  The encoder learns to find, in a degraded image, the codes
-    of the clean one:
+    It starts from a copy of a pre-trained VQGAN.  Codebook and decoder are frozen, so whatever
+    comes out was assembled from these codes.  The encoder learns to find, in a degraded image, the
+    codes of the clean one:
 
         degraded --encoder (learns)--> latent --codebook--> codes --decoder--> restored
                                           ^         (codebook and decoder: frozen)
@@ -1301,8 +1303,8 @@ class VQGANPrior(nn.Module):
                                           v
            clean --teacher, codebook--> codes
 
-    The teacher is a copy of the pre-trained encoder, so that its codes do not change.  Images are in
-    [0, 1].
+    The teacher is a copy of the pre-trained encoder, so that its codes do not change.  Images are
+    in [0, 1].
     """
 
     def __init__(self, vqgan: VQGAN):
@@ -1907,7 +1909,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return its status: 0, 1 (some files failed), 2 or, after Ctrl-C, 130."""
+    """Run the command line; return 0, 1 (some files failed), 2 or, after Ctrl-C, 130."""
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):  # a notebook's has not
             # for odd file names; and os._exit, below, flushes no buffer
