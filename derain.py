@@ -512,7 +512,7 @@ def print_progress(label: str, done: int, steps: int, loss: float, begun: float)
     """Print a line after every 50th step and the last; begun: time.monotonic()."""
     if label and (done % 50 == 0 or done == steps):
         left = (time.monotonic() - begun) / done * (steps - done)
-        # with its end, so that lines of several threads do not mix
+        # one string with its end of line, so that lines of several threads do not mix
         note = f"{label}: step {done:,} of {steps:,}, loss {loss:.4f}, {left:.0f} s left\n"
         print(note, end="", flush=True)
 
