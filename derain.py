@@ -92,13 +92,12 @@ class RainRange(NamedTuple):
 # "small" lies within "medium", "medium" within "large".  No training uses "unseen": its directions
 # and lengths lie outside "large".
 #                    quantity   width       length    direction
-RAIN = {
-    "small": RainRange((60, 80), (1.5, 2.0), (12, 16), (-5, 5)),
-    "medium": RainRange((40, 120), (1.3, 2.5), (9, 20), (-20, 20)),
-    "large": RainRange((20, 160), (1.0, 3.0), (6, 24), (-45, 45)),
-    "unseen": RainRange((25, 50), (1.3, 2.5), (28, 36), (55, 75), either_side=True),
-}
-STREAK_PEAK = (0.3, 0.8)  # the brightness of each streak is drawn from this interval
+RAIN = dict(
+    small=RainRange((60, 80), (1.5, 2.0), (12, 16), (-5, 5)),
+    medium=RainRange((40, 120), (1.3, 2.5), (9, 20), (-20, 20)),
+    large=RainRange((20, 160), (1.0, 3.0), (6, 24), (-45, 45)),
+    unseen=RainRange((25, 50), (1.3, 2.5), (28, 36), (55, 75), either_side=True),
+)
 
 
 def streak_kernel(
@@ -136,12 +135,11 @@ def drops(noise: Tensor, quantity: Tensor) -> Tensor:
 
     noise: (n, h, w) in [0, 1).  quantity: (n,), the expected drops per 10,000 pixels.
     A pixel is a drop if its noise is above the threshold 1 - quantity / 10,000.  Its brightness
-    rises with the noise: at the threshold it is the lower end of STREAK_PEAK, at 1 the upper.
+    rises with the noise, from 0.3 at the threshold to 0.8 at 1.
     """
     share = (quantity / 10_000)[:, None, None]
     above = (noise - (1 - share)) / share  # between 0 and 1 for drops, 0 or less elsewhere
-    low, high = STREAK_PEAK
-    return torch.where(above > 0, low + (high - low) * above, 0)
+    return torch.where(above > 0, 0.3 + 0.5 * above, 0)
 
 
 def rain_layers(
@@ -159,7 +157,7 @@ def rain_layers(
         direction = direction * torch.from_numpy(rng.choice([-1, 1], n))
 
     kernel = streak_kernel(streak_width, streak_length, direction=direction)  # (n, k, k)
-    margin = kernel.shape[-1] - 1
+    margin = kernel.shape[1] - 1
     # larger than the image; multiples of 16 are fast below
     canvas = [math.ceil((side + margin) / 16) * 16 for side in (height, width)]
     noise = torch.from_numpy(rng.random((n, *canvas), np.float32))
@@ -170,7 +168,7 @@ def rain_layers(
     rain = torch.fft.irfft2(spectrum, s=canvas)[:, None]  # (n, 1, *canvas)
 
     # The transform wraps around: the first `margin` rows and columns mix opposite edges.
-    return rain[..., margin : margin + height, margin : margin + width].clamp(0, 1)
+    return rain[:, :, margin : margin + height, margin : margin + width].clamp(0, 1)
 
 
 def add_rain(background: Tensor, rain: Tensor) -> Tensor:
@@ -185,7 +183,7 @@ def rain_degradation(rain_range: RainRange) -> Callable[[Tensor, np.random.Gener
     """
 
     def degrade(clean, rng):
-        return add_rain(clean, rain_layers(len(clean), clean.shape[-2:], rain_range, rng))
+        return add_rain(clean, rain_layers(len(clean), clean.shape[2:], rain_range, rng))
 
     return degrade
 
@@ -377,28 +375,27 @@ def decoupled_evaluation(output: Tensor, rainy: Tensor, clean: Tensor) -> dict[s
         raise ValueError("output, rainy and clean differ in shape")
     r = (rainy - clean).double()
     d = (output - clean).double()
-    wet = rain_mask(rainy, clean)
-    share = wet.double().mean().item()  # of wet pixels
+    wet = rain_mask(rainy, clean).expand_as(d)  # the same in all channels
 
     pattern = r - r.mean((1, 2, 3), keepdim=True)
     variance = pattern.square().mean().item()
     covariance = (pattern * d).mean().item()
     del pattern  # 0.3 GB for a photograph of 12 megapixels
-    rains = share > 0 and variance > 1e-12  # less is an error of rounding
+    rains = wet.any() and variance > 1e-12  # less is an error of rounding
     slope = covariance / variance if rains else 0
 
-    def rms(values, share):
-        """Over a share of the pixels; elsewhere the values are 0."""
-        return 255 * math.sqrt(values.square().mean().item() / share) if share else math.nan
+    def rms(values):
+        """Return the root mean square in grey levels; NaN of no values."""
+        return 255 * values.square().mean().sqrt().item()
 
-    return {
-        "rain_left": 100 * slope if rains else math.nan,
-        "damage": rms(d - slope * r, share=1),
-        "E_R": rms((d - r) * wet, share=share),  # d - r = output - rainy
-        "E_B": rms(d * ~wet, share=1 - share),
-        "psnr": psnr(output, clean),
-        "ssim": ssim(output, clean) if min(clean.shape[-2:]) >= 11 else math.nan,
-    }
+    return dict(
+        rain_left=100 * slope if rains else math.nan,
+        damage=rms(d - slope * r),
+        E_R=rms((d - r)[wet]),  # d - r = output - rainy
+        E_B=rms(d[~wet]),
+        psnr=psnr(output, clean),
+        ssim=ssim(output, clean) if min(clean.shape[2:]) >= 11 else math.nan,
+    )
 
 
 def psnr(output: Tensor, clean: Tensor) -> float:
@@ -422,30 +419,29 @@ def ssim(output: Tensor, clean: Tensor) -> float:
     is averaged over all places where the window fits, channels and images.
     Raises ValueError if the shapes differ, or if an image is smaller than the window.
     """
-    if output.shape != clean.shape or min(clean.shape[-2:]) < 11:
+    if output.shape != clean.shape or min(clean.shape[2:]) < 11:
         raise ValueError("SSIM needs two images of one shape, of 11 x 11 pixels or more")
-    weights = torch.exp(-(torch.arange(-5, 6).double() ** 2) / (2 * 1.5**2))
+    weights = torch.exp(-(torch.arange(-5, 6).double() ** 2) / 4.5)  # 4.5 = 2 * 1.5^2
     weights /= weights.sum()
 
-    def blur(image):
+    def blur(images):
         """Average under the window: it is a column times a row, so first down, then across."""
-        return (image.unfold(0, 11, 1) @ weights).unfold(1, 11, 1) @ weights
+        return (images.unfold(2, 11, 1) @ weights).unfold(3, 11, 1) @ weights
 
     total = 0
-    for x, y in zip(output.flatten(0, 1), clean.flatten(0, 1)):  # the channels of all images
-        # in bands of 64 places, which stay in the processor's cache and need 74 rows
-        for top in range(0, len(y) - 10, 64):
-            band_x = x[top : top + 74].double()
-            band_y = y[top : top + 74].double()
-            m_x = blur(band_x)
-            m_y = blur(band_y)
-            # v_x + v_y: the mean of the squares minus the square of the mean
-            variances = blur(band_x**2 + band_y**2) - m_x**2 - m_y**2
-            covariance = blur(band_x * band_y) - m_x * m_y
-            brightness = (2 * m_x * m_y + 1e-4) / (m_x**2 + m_y**2 + 1e-4)
-            pattern = (2 * covariance + 9e-4) / (variances + 9e-4)
-            total += (brightness * pattern).sum().item()
-    return total / output[..., 10:, 10:].numel()
+    # bands of 16 places need 26 rows; they stay in the processor's cache
+    for top in range(0, clean.shape[2] - 10, 16):
+        x = output[:, :, top : top + 26].double()
+        y = clean[:, :, top : top + 26].double()
+        m_x = blur(x)
+        m_y = blur(y)
+        # v_x + v_y: the mean of the squares minus the square of the mean
+        variances = blur(x**2 + y**2) - m_x**2 - m_y**2
+        covariance = blur(x * y) - m_x * m_y
+        brightness = (2 * m_x * m_y + 1e-4) / (m_x**2 + m_y**2 + 1e-4)
+        structure = (2 * covariance + 9e-4) / (variances + 9e-4)
+        total += (brightness * structure).sum().item()
+    return total / output[:, :, 10:, 10:].numel()
 
 
 # ---- 4  Network and training: what does a network learn from? -----------------------------------
@@ -513,8 +509,11 @@ def print_progress(label: str, done: int, steps: int, loss: float, begun: float)
     if label and (done % 50 == 0 or done == steps):
         left = (time.monotonic() - begun) / done * (steps - done)
         # one string with its end of line, so that lines of several threads do not mix
-        note = f"{label}: step {done:,} of {steps:,}, loss {loss:.4f}, {left:.0f} s left\n"
-        print(note, end="", flush=True)
+        print(
+            f"{label}: step {done:,} of {steps:,}, loss {loss:.4f}, {left:.0f} s left\n",
+            end="",
+            flush=True,
+        )
 
 
 def train(
@@ -548,21 +547,18 @@ def train(
         rng = stream(seed, "training", step)
         clean = backgrounds[torch.from_numpy(rng.integers(len(backgrounds), size=BATCH))]
         mirrored = torch.from_numpy(rng.random((BATCH, 1, 1, 1)) < 0.5)
-        clean = torch.where(mirrored, clean.flip(-1), clean)
+        clean = torch.where(mirrored, clean.flip(3), clean)
         degraded = degrade(clean, rng).to(device)
         clean = clean.to(device)
 
-        if loss:
-            error = loss(degraded, clean)
-        else:
-            error = F.l1_loss(network(degraded), clean)
+        error = loss(degraded, clean) if loss else F.l1_loss(network(degraded), clean)
         optimizer.param_groups[0]["lr"] = rate * cosine_decay(step, steps)
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
 
         losses.append(error.item())
-        print_progress(label, step + 1, steps=steps, loss=losses[-1], begun=begun)
+        print_progress(label, step + 1, steps=steps, loss=error.item(), begun=begun)
         if after_step:
             after_step(step + 1)
     return losses
@@ -570,12 +566,9 @@ def train(
 
 @torch.no_grad()
 def predict(network: nn.Module, images: Tensor) -> Tensor:
-    """Return the output for images (n, 3, h, w), on the CPU, limited to [0, 1].
-
-    The network sees 16 images at a time, to bound the memory.
-    """
+    """Return the output for images (n, 3, h, w), on the CPU, limited to [0, 1]."""
     device = next(network.parameters()).device
-    return torch.cat([network(chunk.to(device)).clamp(0, 1).cpu() for chunk in images.split(16)])
+    return network(images.to(device)).clamp(0, 1).cpu()
 
 
 # ---- 5  Main job: what must a network know to remove rain that it never saw? --------------------
@@ -591,10 +584,9 @@ def predict(network: nn.Module, images: Tensor) -> Tensor:
 # stand two openings, never trained.  They are hard to beat here: our rain is bright, thin and
 # added, just what an opening removes.
 
-IMAGE = 256  # side of a drawn background, in pixels
 TEST_PATCHES, TEST_PATCH = 16, 128  # test images: how many, and their side in pixels
 # What each copy is trained on: how many backgrounds, and which.
-COPIES = {"few": (8, "plain"), "exchanged": (8, "exchanged"), "many": (MANY, "any")}
+COPIES = dict(few=(8, "plain"), exchanged=(8, "exchanged"), many=(MANY, "any"))
 
 
 def untrained(rainy: Tensor) -> dict[str, Tensor]:
@@ -602,20 +594,38 @@ def untrained(rainy: Tensor) -> dict[str, Tensor]:
     return {"rainy": rainy, "opening 5": opening(rainy), "opening 7": opening(rainy, 7)}
 
 
-def test_images(held_out: list[Tensor], rain: str, seed: int) -> dict[str, Tensor]:
-    """Return clean test images, the same in rain, and the openings of these."""
-    rng = stream(seed, "test patches")
-    clean = sample_patches(held_out, TEST_PATCHES, size=TEST_PATCH, rng=rng)
-    rainy = rain_degradation(RAIN[rain])(clean, stream(seed, "test", rain))
-    return {"clean": clean, **untrained(rainy)}
+def test_images(held_out: list[Tensor], rain: str, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Return {rain: test images}, for a rain and for the unseen one.
+
+    The same images clean, in this rain, and the openings of these.
+    """
+    clean = sample_patches(
+        held_out, TEST_PATCHES, size=TEST_PATCH, rng=stream(seed, "test patches")
+    )
+    tests = {}
+    for kind in (rain, "unseen"):
+        rainy = rain_degradation(RAIN[kind])(clean, stream(seed, "test", kind))
+        tests[kind] = dict(clean=clean, **untrained(rainy))
+    return tests
 
 
-def measure(tests: dict[str, dict[str, Tensor]], output: str, n: int) -> list[dict]:
-    """Return the measures of an output of n backgrounds, a row for each rain."""
+def measure(
+    tests: dict[str, dict[str, Tensor]],
+    output: str,
+    n: int,
+    step: int,
+    network: nn.Module | None = None,
+) -> list[dict]:
+    """Return the measures of an output of n backgrounds at a step, a row for each rain.
+
+    With a network, its output is first put among the test images.
+    """
     rows = []
     for rain, images in tests.items():
+        if network:
+            images[output] = predict(network, images["rainy"])
         measures = decoupled_evaluation(images[output], images["rainy"], clean=images["clean"])
-        rows.append({"rain": rain, "output": output, "n": n, **measures})
+        rows.append(dict(step=step, rain=rain, output=output, n=n, **measures))
     return rows
 
 
@@ -636,24 +646,22 @@ def compare(
     and its measures.  pictures[rain][output] are the test images at the end,
     pictures["backgrounds"][copy] the patches of a copy.
     """
-    tests = {kind: test_images(held_out, kind, seed=seed) for kind in (rain, "unseen")}
+    tests = test_images(held_out, rain, seed=seed)
     backgrounds = {}
-    for name, (n, choice) in COPIES.items():
-        backgrounds[name] = training_patches(training, n, seed=seed, choice=choice)
+    networks = {name: build_network(make, seed).to(device) for name in COPIES}
     points = sorted(range(steps, 0, -max(1, steps // 12)))  # when to measure; the last step is one
 
-    def train_copy(name, network):
-        n = len(backgrounds[name])
+    def train_copy(name):
+        n, choice = COPIES[name]
+        backgrounds[name] = training_patches(training, n, seed=seed, choice=choice)
         measured = []
 
         def after_step(step):
             if step in points:
-                for images in tests.values():
-                    images[name] = predict(network, images["rainy"])
-                measured.extend({"step": step, **row} for row in measure(tests, name, n=n))
+                measured.extend(measure(tests, name, n=n, step=step, network=networks[name]))
 
         train(
-            network,
+            networks[name],
             backgrounds[name],
             degrade=rain_degradation(RAIN[rain]),
             steps=steps,
@@ -665,14 +673,11 @@ def compare(
 
     rows = []
     for name in ("rainy", "opening 5", "opening 7"):  # never trained: the same at all steps
-        measured = measure(tests, name, n=0)
-        rows += [{"step": step, **row} for step in points for row in measured]
-    # A thread for each copy; a GPU does better with one after the other.
-    pool = ThreadPoolExecutor(len(COPIES) if device == "cpu" else 1)
-    networks = {name: build_network(make, seed).to(device) for name in COPIES}
-    for job in [pool.submit(train_copy, name, networks[name]) for name in COPIES]:
-        rows += job.result()  # waits
-    return rows, {**tests, "backgrounds": backgrounds}
+        measured = measure(tests, name, n=0, step=0)
+        rows += [dict(row, step=step) for step in points for row in measured]
+    for measured in ThreadPoolExecutor().map(train_copy, COPIES):  # side by side
+        rows += measured
+    return rows, dict(**tests, backgrounds=backgrounds)
 
 
 def show(axes, image: Tensor, title: str = "", colour: str = "black"):
@@ -683,8 +688,8 @@ def show(axes, image: Tensor, title: str = "", colour: str = "black"):
 
 def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) -> Figure:
     """Draw the backgrounds, how much unseen rain is left during training, and a test image."""
-    colours = {"few": "#0072b2", "exchanged": "#d55e00", "many": "0.3"}
-    names = {"few": "8 plain", "exchanged": "1 of 8 exchanged", "many": "1,024 of all kinds"}
+    colours = dict(few="#0072b2", exchanged="#d55e00", many="0.3")
+    names = dict(few="8 plain", exchanged="1 of 8 exchanged", many="1,024 of all kinds")
     figure = Figure((12, 9), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(2, 1))
     axes = top.subplot_mosaic("01xCCCCCC;23.CCCCCC;45.CCCCCC;67.CCCCCC")
@@ -693,11 +698,14 @@ def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) ->
     show(axes["0"], few[0], title="this one", colour=colours["few"])
     for i in range(1, 8):
         show(axes[str(i)], few[i])
-    exchanged = pictures["backgrounds"]["exchanged"][0]
-    show(axes["x"], exchanged, title="exchanged for", colour=colours["exchanged"])
+    show(
+        axes["x"],
+        pictures["backgrounds"]["exchanged"][0],
+        title="exchanged for",
+        colour=colours["exchanged"],
+    )
 
     left = {}
-    last = rows[-1]["step"]
     for output in ("rainy", "many", "exchanged", "few", "opening 5", "opening 7"):
         curve = [row for row in rows if row["rain"] == "unseen" and row["output"] == output]
         left[output] = f"{curve[-1]['rain_left']:.0f} %"
@@ -708,11 +716,11 @@ def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) ->
             color=colours.get(output, "0.6"),
             label=f"{names.get(output, output)}: {left[output]}",
         )
-    axes["C"].axis((0, 1.6 * last, 0, 105))
+    axes["C"].axis((0, 1.6 * rows[-1]["step"], 0, 105))
     axes["C"].set(xlabel="training step", ylabel="unseen rain that is left (%)")
     axes["C"].legend(loc="center right", labelcolor="linecolor", fontsize=12)
 
-    titles = {"rainy": "a test image in unseen rain", **names, "clean": "clean image"}
+    titles = dict(rainy="a test image in unseen rain", **names, clean="clean image")
     for place, output in zip(bottom.subplots(1, 5), titles):
         image = pictures["unseen"][output][0]
         show(place, image, title=titles[output], colour=colours.get(output, "black"))
@@ -739,16 +747,16 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     The new pixels mirror the image at its last row and column, which are not repeated.  If it is
     too small for this on either side, its last row and column are repeated instead, on both.
     """
-    height, width = images.shape[-2:]
+    height, width = images.shape[2:]
     bottom = -height % multiple  # what is missing to the next multiple
     right = -width % multiple
-    mode = "reflect" if bottom < height and right < width else "replicate"
-    return F.pad(images, (0, right, 0, bottom), mode=mode)
+    fits = bottom < height and right < width
+    return F.pad(images, (0, right, 0, bottom), mode="reflect" if fits else "replicate")
 
 
-def crop(images: Tensor, like: Tensor) -> Tensor:
-    """Cut images to the height and width of others."""
-    return images[..., : like.shape[-2], : like.shape[-1]]
+def crop(images: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Cut images (n, c, h, w) to the height and width of a shape."""
+    return images[:, :, : shape[2], : shape[3]]
 
 
 def two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
@@ -786,7 +794,7 @@ class UNet(nn.Module):
 
         middle = self.up2(torch.cat([middle, self.enlarge2(coarse)], dim=1))
         fine = self.up1(torch.cat([fine, self.enlarge1(middle)], dim=1))
-        return crop(image + self.tail(fine), degraded)
+        return crop(image + self.tail(fine), degraded.shape)
 
 
 # SwinIR is built on attention.  Each pixel gives other pixels a score: how well the two match.  A
@@ -829,10 +837,11 @@ def shift_mask(h: int, w: int, window: int) -> Tensor:
     (windows, window * window, window * window) is -100 for two pixels if the row or the column of
     just one of them came in from the opposite edge.
     """
-    row_came_in = torch.arange(h) >= h - window // 2
-    column_came_in = torch.arange(w) >= w - window // 2
-    region = 2 * row_came_in.long()[:, None] + column_came_in.long()  # (h, w), from 0 to 3
-    region = to_windows(region[None, :, :, None], window)[..., 0]  # (windows, window * window)
+    shift = window // 2
+    region = torch.zeros(1, h, w, 1)
+    region[:, -shift:] += 2  # rows that came in
+    region[:, :, -shift:] += 1  # columns
+    region = to_windows(region, window)[:, :, 0]  # (windows, window * window), from 0 to 3
     return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
 
 
@@ -864,7 +873,7 @@ class WindowAttention(nn.Module):
         place = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (n, 2)
         # from pixel j to pixel i, plus 7 so that it is not negative: (n, n, 2)
         offset = place[:, None] - place + window - 1
-        table_row = offset[..., 0] * side + offset[..., 1]
+        table_row = offset[:, :, 0] * side + offset[:, :, 1]
         self.register_buffer("table_row", table_row, persistent=False)
 
     def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
@@ -877,11 +886,11 @@ class WindowAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, n, c / heads)
 
         scores = query @ key.mT / math.sqrt(c // self.heads)  # (b, heads, n, n)
-        scores = scores + self.position_bias[self.table_row].permute(2, 0, 1)  # (heads, n, n)
+        scores += self.position_bias[self.table_row].permute(2, 0, 1)  # (heads, n, n)
         if mask is not None:
             # for every image; None is an axis for the heads
-            scores = scores + mask.repeat(b // len(mask), 1, 1)[:, None]
-        collected = scores.softmax(-1) @ value  # (b, heads, n, c / heads)
+            scores += mask.repeat(b // len(mask), 1, 1)[:, None]
+        collected = scores.softmax(3) @ value  # (b, heads, n, c / heads)
         # the channels of all heads side by side again
         return self.project(collected.transpose(1, 2).reshape(b, n, c))
 
@@ -913,25 +922,11 @@ class SwinBlock(nn.Module):
         return image + self.perceptron(image)
 
 
-class SwinGroup(nn.Module):
-    """Swin blocks, every second one shifted, then a convolution; added to their input."""
-
-    def __init__(self, dim: int, depth: int, heads: int, window: int, hidden: int):
-        super().__init__()
-        self.blocks = nn.Sequential()
-        for i in range(depth):
-            shift = 0 if i % 2 == 0 else window // 2
-            self.blocks.append(SwinBlock(dim, heads, window=window, shift=shift, hidden=hidden))
-        self.conv = conv3x3(dim, dim)
-
-    def forward(self, image: Tensor) -> Tensor:
-        features = self.blocks(image).permute(0, 3, 1, 2)  # (n, c, h, w), as convolutions need it
-        return image + self.conv(features).permute(0, 2, 3, 1)
-
-
 class SwinIR(nn.Module):
     """SwinIR (Liang et al. 2021): groups of Swin blocks between convolutions.
 
+    In a group, every second block is shifted; then comes a convolution, and its output is added to
+    the group's input.
     It computes what the published network computes for denoising.  The arguments have the published
     names: channels, blocks and heads of each group, side of a window, width of a hidden layer.
     """
@@ -948,28 +943,41 @@ class SwinIR(nn.Module):
         self.window = window_size
         self.first = conv3x3(3, embed_dim)
         self.norm_first = nn.LayerNorm(embed_dim)
-        self.groups = nn.Sequential()
-        hidden = int(embed_dim * mlp_ratio)
+        self.groups = nn.ModuleList()
         for depth, heads in zip(depths, num_heads, strict=True):
-            group = SwinGroup(embed_dim, depth, heads=heads, window=window_size, hidden=hidden)
-            self.groups.append(group)
+            blocks = nn.Sequential()
+            for i in range(depth):
+                blocks.append(
+                    SwinBlock(
+                        embed_dim,
+                        heads,
+                        window=window_size,
+                        shift=i % 2 * (window_size // 2),
+                        hidden=int(embed_dim * mlp_ratio),
+                    )
+                )
+            self.groups.append(
+                nn.ModuleDict(dict(blocks=blocks, conv=conv3x3(embed_dim, embed_dim)))
+            )
         self.norm_last = nn.LayerNorm(embed_dim)
         self.after_groups = conv3x3(embed_dim, embed_dim)
         self.last = conv3x3(embed_dim, 3)
 
     def forward(self, degraded: Tensor) -> Tensor:
         # the mean colour of a set of photographs, DIV2K, as published
-        mean = torch.tensor([0.4488, 0.4371, 0.4040], device=degraded.device).view(3, 1, 1)
+        mean = torch.tensor([[[0.4488]], [[0.4371]], [[0.4040]]], device=degraded.device)
         image = pad_to_multiple(degraded, self.window)
 
         shallow = self.first(image - mean)  # (n, c, h, w)
         deep = self.norm_first(shallow.permute(0, 2, 3, 1))  # (n, h, w, c)
-        deep = self.norm_last(self.groups(deep))
-        deep = self.after_groups(deep.permute(0, 3, 1, 2))  # (n, c, h, w)
-        return crop(image + self.last(deep + shallow), degraded)
+        for group in self.groups:
+            features = group["blocks"](deep).permute(0, 3, 1, 2)  # (n, c, h, w) for the convolution
+            deep = deep + group["conv"](features).permute(0, 2, 3, 1)
+        deep = self.after_groups(self.norm_last(deep).permute(0, 3, 1, 2))  # (n, c, h, w)
+        return crop(image + self.last(deep + shallow), degraded.shape)
 
 
-NETWORKS = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR}
+NETWORKS = dict(resnet=ResNet, unet=UNet, swinir=SwinIR)
 
 
 # ---- 7  Content prior: can a network be held to clean images? -----------------------------------
@@ -987,10 +995,6 @@ NETWORKS = {"resnet": ResNet, "unet": UNet, "swinir": SwinIR}
 # few of these, so often the nearest code stays the same.
 #
 # All parts have their published names, so that published checkpoints can be loaded.
-
-
-def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel_size=1)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -1015,7 +1019,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = conv3x3(inputs, outputs)
         self.norm2 = group_norm(outputs)
         self.conv2 = conv3x3(outputs, outputs)
-        self.nin_shortcut = conv1x1(inputs, outputs) if inputs != outputs else nn.Identity()
+        self.nin_shortcut = (
+            nn.Conv2d(inputs, outputs, kernel_size=1) if inputs != outputs else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
@@ -1032,10 +1038,10 @@ class PixelAttention(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = group_norm(channels)
-        self.q = conv1x1(channels, channels)
-        self.k = conv1x1(channels, channels)
-        self.v = conv1x1(channels, channels)
-        self.proj_out = conv1x1(channels, channels)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -1057,94 +1063,91 @@ def middle(channels: int) -> nn.Sequential:
     )
 
 
-def downsample(channels: int) -> nn.Sequential:
-    """Return what halves the sides of an image."""
-    # One row and column are added at the right and the bottom only, as published.
-    return nn.Sequential(
-        OrderedDict(
-            pad=nn.ZeroPad2d((0, 1, 0, 1)),
-            conv=nn.Conv2d(channels, channels, kernel_size=3, stride=2),
-        )
-    )
-
-
-def upsample(channels: int) -> nn.Sequential:
-    """Return what doubles the sides of an image: each pixel is repeated, then a convolution."""
-    return nn.Sequential(
-        OrderedDict(repeat=nn.Upsample(scale_factor=2), conv=conv3x3(channels, channels))
-    )
-
-
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention or by nothing."""
+    """Residual blocks of one resolution, each followed by attention or by nothing.
+
+    A level of the encoder ends with `downsample`, one of the decoder with `upsample`.
+    """
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool):
         super().__init__()
         self.block = nn.ModuleList()
         self.attn = nn.ModuleList()
-        for i in range(blocks):
-            self.block.append(ResidualBlock(inputs if i == 0 else outputs, outputs))
+        for _ in range(blocks):
+            self.block.append(ResidualBlock(inputs, outputs))
+            inputs = outputs
             self.attn.append(PixelAttention(outputs) if attention else nn.Identity())
+        self.downsample = nn.Identity()
+        self.upsample = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         for block, attention in zip(self.block, self.attn):
             x = attention(block(x))
-        return x
+        return self.upsample(self.downsample(x))
 
 
-class Encoder(nn.Module):
-    """From an image to z_channels features, level by level.
+def encoder(
+    ch: int, widths: list[int], blocks: int, attention: list[bool], z_channels: int
+) -> nn.Sequential:
+    """Return the layers from an image to z_channels features.
 
     ch: channels of the first convolution.  widths, attention: for each level, its channels, and
     whether it has attention.
     """
+    conv_in = conv3x3(3, ch)
+    down = nn.Sequential()
+    for inputs, width, attends in zip([ch, *widths], widths, attention):
+        down.append(Level(inputs, width, blocks=blocks, attention=attends))
+        # One row and column are added at the right and the bottom only, as published.
+        down[-1].downsample = nn.Sequential(
+            OrderedDict(
+                pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                conv=nn.Conv2d(width, width, kernel_size=3, stride=2),
+            )
+        )
+    # The last level keeps its size.  (Made and replaced, as the weights of figures/runs.csv were
+    # drawn so.)
+    down[-1].downsample = nn.Identity()
+    return nn.Sequential(
+        OrderedDict(
+            conv_in=conv_in,
+            down=down,
+            mid=middle(widths[-1]),
+            norm_out=group_norm(widths[-1]),
+            silu=nn.SiLU(),
+            conv_out=conv3x3(widths[-1], z_channels),
+        )
+    )
 
-    def __init__(
-        self, ch: int, widths: list[int], blocks: int, attention: list[bool], z_channels: int
-    ):
-        super().__init__()
-        self.conv_in = conv3x3(3, ch)
-        self.down = nn.ModuleList()
-        for inputs, width, attends in zip([ch, *widths], widths, attention):
-            level = Level(inputs, width, blocks=blocks, attention=attends)
-            level.downsample = downsample(width)
-            self.down.append(level)
-        # The last level keeps its size.  (Made and replaced, as the weights of figures/runs.csv
-        # were drawn so.)
-        self.down[-1].downsample = nn.Identity()
-        self.mid = middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = conv3x3(widths[-1], z_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level.downsample(level(x))
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+def decoder(
+    widths: list[int], blocks: int, attention: list[bool], z_channels: int
+) -> nn.Sequential:
+    """Return the layers from a latent to an image: the encoder's in reverse, level 0 last.
 
-
-class Decoder(nn.Module):
-    """Latent to image: the encoder's levels in reverse, each with one block more; up[0] last."""
-
-    def __init__(self, widths: list[int], blocks: int, attention: list[bool], z_channels: int):
-        super().__init__()
-        self.conv_in = conv3x3(z_channels, widths[-1])
-        self.mid = middle(widths[-1])
-        self.up = nn.ModuleList()
-        # Level i takes what level i + 1 gave.
-        for inputs, width, attends in zip([*widths[1:], widths[-1]], widths, attention):
-            level = Level(inputs, width, blocks=blocks + 1, attention=attends)
-            level.upsample = upsample(width)
-            self.up.append(level)
-        self.up[0].upsample = nn.Identity()  # made and replaced, as in the encoder
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = conv3x3(widths[0], 3)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level.upsample(level(x))
-        return self.conv_out(F.silu(self.norm_out(x)))
+    Each level has one block more.
+    """
+    conv_in = conv3x3(z_channels, widths[-1])
+    mid = middle(widths[-1])
+    levels = []
+    # Level i takes what level i + 1 gave.
+    for inputs, width, attends in zip([*widths[1:], widths[-1]], widths, attention):
+        levels.append(Level(inputs, width, blocks=blocks + 1, attention=attends))
+        levels[-1].upsample = nn.Sequential(
+            OrderedDict(repeat=nn.Upsample(scale_factor=2), conv=conv3x3(width, width))
+        )
+    levels[0].upsample = nn.Identity()  # made and replaced, as in the encoder
+    up = OrderedDict((str(i), levels[i]) for i in reversed(range(len(levels))))
+    return nn.Sequential(
+        OrderedDict(
+            conv_in=conv_in,
+            mid=mid,
+            up=nn.Sequential(up),
+            norm_out=group_norm(widths[0]),
+            silu=nn.SiLU(),
+            conv_out=conv3x3(widths[0], 3),
+        )
+    )
 
 
 class Codebook(nn.Module):
@@ -1174,14 +1177,14 @@ class Codebook(nn.Module):
         as in VQGAN's published code (van den Oord et al.: the other way round).
         """
         vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, embed_dim)
-        codes = self.embedding.weight[None, None]  # the same codes for all images and rows
-        indices = torch.cdist(vectors, codes).argmin(-1)  # of distances (n, h, w, n_embed)
+        # the smallest of the distances (n, h, w, n_embed)
+        indices = torch.cdist(vectors, self.embedding.weight).argmin(3)
         quantized = self.embedding(indices).permute(0, 3, 1, 2)
 
-        moves_latents = F.mse_loss(latent, quantized.detach())
-        moves_codes = F.mse_loss(quantized, latent.detach())
-        quantized = latent + (quantized - latent).detach()  # straight-through
-        return quantized, indices, moves_latents + 0.25 * moves_codes
+        # The first term moves latents, the second codes.
+        loss = F.mse_loss(latent, quantized.detach())
+        loss = loss + 0.25 * F.mse_loss(quantized, latent.detach())
+        return latent + (quantized - latent).detach(), indices, loss
 
 
 class VQGAN(nn.Module):
@@ -1209,11 +1212,11 @@ class VQGAN(nn.Module):
         super().__init__()
         widths = [ch * factor for factor in ch_mult]
         attention = [resolution // 2**level in attn_resolutions for level in range(len(widths))]
-        self.encoder = Encoder(ch, widths, num_res_blocks, attention, z_channels)
-        self.decoder = Decoder(widths, num_res_blocks, attention, z_channels)
+        self.encoder = encoder(ch, widths, num_res_blocks, attention, z_channels)
+        self.decoder = decoder(widths, num_res_blocks, attention, z_channels)
         self.quantize = Codebook(n_embed, embed_dim)
-        self.quant_conv = conv1x1(z_channels, embed_dim)
-        self.post_quant_conv = conv1x1(embed_dim, z_channels)
+        self.quant_conv = nn.Conv2d(z_channels, embed_dim, kernel_size=1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
 
     def encode(self, image: Tensor) -> Tensor:
         """Return the latent (n, embed_dim, h', w') of images, before quantization."""
@@ -1251,11 +1254,9 @@ def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, labe
     far from all latents is never chosen, and so never moves.  If it was not chosen for more than 30
     steps, it is replaced by a vector of the latents at hand.
     """
-    torch.set_num_threads(1)  # as in `train`
     codes = vqgan.quantize.embedding.weight  # (n_embed, embed_dim)
-    idle = torch.full(
-        [len(codes)], 31, device=codes.device
-    )  # steps since a code was chosen; the first are random
+    # steps since a code was chosen; the first codes are random, and may be replaced at once
+    idle = torch.full([len(codes)], 31, device=codes.device)
     # betas as published
     optimizer = torch.optim.Adam(vqgan.parameters(), betas=(0.5, 0.9), fused=True)
     begun = time.monotonic()
@@ -1273,12 +1274,12 @@ def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, labe
             vectors = latent.detach().permute(0, 2, 3, 1).flatten(0, 2)  # (n h' w', embed_dim)
             # Replace unused codes by random vectors, each picked at most once.
             unused = (idle > 30).nonzero()[: len(vectors), 0]
-            picked = rng.permutation(len(vectors))[: len(unused)]
-            codes.data[unused] = vectors[torch.from_numpy(picked)]  # .data: not seen by autograd
+            # .data: not seen by autograd
+            codes.data[unused] = vectors[rng.permutation(len(vectors))[: len(unused)]]
             idle[unused] = 0
             quantized, indices, codebook_loss = vqgan.quantize(latent)
             idle += 1
-            idle[indices.flatten()] = 0
+            idle[indices] = 0
             loss = F.l1_loss(vqgan.decode(quantized), clean) + codebook_loss
 
         # rises from 0, as Adam's first steps rest on few gradients
@@ -1312,21 +1313,21 @@ class VQGANPrior(nn.Module):
         self.vqgan = copy.deepcopy(vqgan)
         self.teacher = copy.deepcopy(nn.Sequential(vqgan.encoder, vqgan.quant_conv))
         self.requires_grad_(False)
-        self.vqgan.encoder.requires_grad_(True)
-        self.vqgan.quant_conv.requires_grad_(True)
+        self.vqgan.encoder.requires_grad_()
+        self.vqgan.quant_conv.requires_grad_()
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return an image (n, 3, h, w) as the encoder takes it: padded, and in [-1, 1]."""
-        halvings = len(self.vqgan.encoder.down) - 1  # each level except the last halves the sides
-        return 2 * pad_to_multiple(image, 2**halvings) - 1
+        # each level except the last halves the sides
+        return 2 * pad_to_multiple(image, 2 ** (len(self.vqgan.encoder.down) - 1)) - 1
 
     def draw(self, latent: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
         """Return what the decoder draws from the codes nearest to a latent, cut to a shape.
 
         The image may go beyond [0, 1]; `predict` limits it.
         """
-        quantized, _, _ = self.vqgan.quantize(latent)
-        return (self.vqgan.decode(quantized)[..., : shape[2], : shape[3]] + 1) / 2
+        drawn = self.vqgan.decode(self.vqgan.quantize(latent)[0])
+        return (crop(drawn, shape) + 1) / 2
 
     def forward(self, degraded: Tensor) -> Tensor:
         return self.draw(self.vqgan.encode(self.prepare(degraded)), degraded.shape)
@@ -1338,7 +1339,7 @@ class VQGANPrior(nn.Module):
         from the quantized latent that the teacher makes of the clean image.
         """
         with torch.no_grad():
-            target, _, _ = self.vqgan.quantize(self.teacher(self.prepare(clean)))
+            target = self.vqgan.quantize(self.teacher(self.prepare(clean)))[0]
         latent = self.vqgan.encode(self.prepare(degraded))
         return F.mse_loss(latent, target) + F.l1_loss(self.draw(latent, clean.shape), clean)
 
@@ -1358,9 +1359,9 @@ def write_file(path: Path, content: bytes):
     temporary = path.with_name(f".{os.getpid()}.part")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as problem:
-        raise BadInput(f"{path} cannot be written: {problem.strerror}") from None
+        raise BadInput(f"{path} cannot be written: {problem.strerror}")
     finally:
         temporary.unlink(missing_ok=True)
     print(f"wrote {path}")
@@ -1387,8 +1388,12 @@ def write_table(path: Path, rows: list[dict]):
 def print_table(rows: list[dict]):
     print(*(f"{key:>10}" for key in rows[0]))
     for row in rows:
-        cells = row.values()
-        print(*(f"{cell:>10.2f}" if isinstance(cell, float) else f"{cell:>10}" for cell in cells))
+        print(
+            *(
+                f"{cell:>10.2f}" if isinstance(cell, float) else f"{cell:>10}"
+                for cell in row.values()
+            )
+        )
 
 
 def save_figure(figure: Figure, path: Path):
@@ -1418,12 +1423,17 @@ SUFFIXES = Image.registered_extensions()  # {".png": "PNG", ...}
 def open_image(path: Path) -> Tensor:
     """Decode an image file, upright, as RGB: (3, h, w) in [0, 1].  Raises BadInput if it fails."""
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is no file")
+        if not path.is_file():  # a pipe is none
+            raise ValueError("there is no such file")
         picture = Image.open(path, formats=FORMATS)
-        if picture.width * picture.height > 100e6:
+        if math.prod(picture.size) > 100e6:
             raise ValueError("it has more than 100 megapixels; make it smaller")
-        if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
+        # a TIFF's bits, and what 0 stands for (1: black)
+        if picture.mode == "F" or (
+            picture.format == "TIFF"
+            and picture.mode.startswith("I")  # grey, above 8 bits; "I" itself: with a sign, or 32
+            and (picture.mode == "I" or (picture.tag_v2[258], picture.tag_v2[262]) != ((16,), 1))
+        ):
             raise ValueError("its numbers have no known range; save it with 8 or 16 bits")
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
@@ -1433,40 +1443,44 @@ def open_image(path: Path) -> Tensor:
         else:
             array = np.array(picture.convert("RGB"))
     except Exception as problem:  # decoders fail in as many ways as files are damaged
-        raise BadInput(f"{path} cannot be read as an image: {problem}") from None
+        raise BadInput(f"{path} cannot be read as an image: {problem}")
     return torch.from_numpy(array).float().permute(2, 0, 1).expand(3, -1, -1) / 255
 
 
-def colour_profile(path: Path) -> bytes | None:
-    """Return the ICC profile of an image file, if it has one for RGB."""
-    with Image.open(path, formats=FORMATS) as picture:
-        return picture.info.get("icc_profile") if picture.mode in ("RGB", "RGBA", "P") else None
+def save_image(image: Tensor, path: Path, source: Path):
+    """Write an image (3, h, w) in [0, 1], in the format that the path's suffix names.
 
-
-def save_image(image: Tensor, path: Path, profile: bytes | None = None):
-    """Write an image (3, h, w) in [0, 1], in the format that the path's suffix names."""
+    It gets the colour profile of the image file `source`, if that has one for RGB.
+    """
     content = io.BytesIO()
     try:
+        with Image.open(source, formats=FORMATS) as picture:
+            profile = None
+            if picture.mode in ("RGB", "RGBA", "P"):
+                profile = picture.info.get("icc_profile")
         kind = SUFFIXES.get(path.suffix.lower())
         if kind not in FORMATS:
             raise ValueError(f"its name should end as those of {' '.join(FORMATS)} do")
         array = (255 * image).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(array).save(content, kind, quality=95, icc_profile=profile)
     except Exception as problem:  # encoders have limits, too
-        raise BadInput(f"{path} cannot be written: {problem}") from None
+        raise BadInput(f"{path} cannot be written: {problem}")
     write_file(path, content.getvalue())
 
 
 def image_files(folder: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, sorted; BadInput if there are none."""
-    files = []
-    for file in sorted(folder.rglob("*")):
-        left_by_mac = re.search(r"(^|/)(\._|__MACOSX/)", file.relative_to(folder).as_posix())
-        if SUFFIXES.get(file.suffix.lower()) in FORMATS and not left_by_mac:
-            files.append(file)
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if SUFFIXES.get(file.suffix.lower()) in FORMATS
+        and "__MACOSX" not in file.parts  # what a Mac leaves in a .zip
+        and not file.name.startswith("._")
+    ]
     if not files:
-        formats = " ".join(FORMATS)
-        raise BadInput(f"{folder} is no folder with images ({formats}); links are not followed")
+        raise BadInput(
+            f"{folder} is no folder with images ({' '.join(FORMATS)}); links are not followed"
+        )
     return files
 
 
@@ -1478,17 +1492,15 @@ def load_images(path: Path, smallest: int = 1) -> list[Tensor]:
     """
     path = Path(path)
     files = [path] if path.is_file() else image_files(path)
-    side = int((40e6 / len(files)) ** 0.5)  # 40 million pixels take 0.5 GB
+    side = math.isqrt(40_000_000 // len(files))  # 40 million pixels take 0.5 GB
     if side < smallest:
         raise BadInput(f"{path} has {len(files):,} images, too many for the memory; give fewer")
 
     def open_middle(file):
         image = open_image(file)
-        _, height, width = image.shape
-        if min(height, width) < smallest:
+        if min(image.shape[1:]) < smallest:
             raise BadInput(f"{file} is smaller than {smallest} x {smallest} pixels")
-        top = max(0, height - side) // 2
-        left = max(0, width - side) // 2
+        top, left = [max(0, length - side) // 2 for length in image.shape[1:]]
         return image[:, top : top + side, left : left + side].clone()
 
     return each(open_middle, files)
@@ -1497,39 +1509,36 @@ def load_images(path: Path, smallest: int = 1) -> list[Tensor]:
 def training_and_held_out(path: Path | None, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return images to train on and others to test on: of photographs three quarters and one."""
     if not path:
-        rngs = (stream(seed, "backgrounds", i) for i in range(80))
-        faces = [torch.from_numpy(draw_face(IMAGE, rng)) for rng in rngs]
+        faces = [
+            torch.from_numpy(draw_face(256, stream(seed, "backgrounds", i))) for i in range(80)
+        ]
         return faces[:64], faces[64:]
     images = load_images(path, smallest=TEST_PATCH)
     if len(images) < 2:
         raise BadInput(f"{path} has one photograph; give two or more, to train and to test on")
-    images = [images[i] for i in stream(seed, "split").permutation(len(images))]
+    stream(seed, "split").shuffle(images)
     count = max(1, len(images) // 4)
     return images[count:], images[:count]
 
 
-def restore(network: nn.Module, image: Tensor, tile: int = 512) -> Tensor:
-    """Restore an image (3, h, w) of any size, tile by tile, to bound the memory.
+def restore(network: nn.Module, image: Tensor, rows: int = 128) -> Tensor:
+    """Restore an image (3, h, w) of any size, some rows at a time, to bound the memory.
 
-    Each has a margin, so that its pixels see the same neighbours as in the whole image.  But the
-    normalizations of VQGANPrior depend on the tile.
+    rows: a multiple of 8.  Each strip has margins, so that its pixels see the same neighbours as in
+    the whole image.  But the normalizations of VQGANPrior depend on the strip.
     """
-    margin = 32  # UNet reaches 23 pixels
-    output = torch.empty_like(image)
-    for top in range(0, image.shape[1], tile):
-        for left in range(0, image.shape[2], tile):
-            y = max(top - margin, 0)
-            x = max(left - margin, 0)
-            piece = image[None, :, y : top + tile + margin, x : left + tile + margin]
-            restored = predict(network, piece)[0, :, top - y :, left - x :]
-            output[:, top : top + tile, left : left + tile] = restored[:, :tile, :tile]
-    return output
+    strips = []
+    for top in range(0, image.shape[1], rows):
+        above = min(top, 32)  # UNet reaches 23 pixels
+        strip = predict(network, image[None, :, top - above : top + rows + 32])[0]
+        strips.append(strip[:, above : above + rows])
+    return torch.cat(strips, dim=1)
 
 
 def save_checkpoint(path: Path, network: nn.Module, net: str):
     """Write a network's weights, and its kind ("resnet", "prior", "vqgan", ...)."""
     file = io.BytesIO()
-    torch.save({"format": 3, "net": net, "state_dict": network.state_dict()}, file)
+    torch.save(dict(format=3, net=net, state_dict=network.state_dict()), file)
     write_file(Path(path), file.getvalue())
 
 
@@ -1543,24 +1552,17 @@ class Placeholder:
         pass
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint onto the CPU; no function that it names is run."""
-    if not Path(path).is_file():
-        raise ValueError
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip():  # torch.load does not look at the checksums
-            raise ValueError
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(Placeholder, name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def load(path: Path, kinds: list[str], expected: str) -> nn.Module:
     """Return the network in a checkpoint, one of some kinds, on the CPU; raises BadInput."""
     try:
-        content = read_checkpoint(path)
-        items = content["state_dict"].items()
-        weights = {name: weight for name, weight in items if not name.startswith("loss.")}
+        # torch.load does not look at the checksums
+        if not os.path.isfile(path) or zipfile.ZipFile(path).testzip():
+            raise ValueError
+        # no function that it names is run
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Placeholder, name) for name in names]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = content["state_dict"]
         net = content["net"] if content.get("format") == 3 else "vqgan"  # a published one
         if net not in kinds:
             raise ValueError
@@ -1572,17 +1574,18 @@ def load(path: Path, kinds: list[str], expected: str) -> nn.Module:
             if not 0 < n_embed <= 65_536:
                 raise ValueError
             # A published VQGAN has five levels, ours four.
-            published = part + "encoder.down.4.block.0.conv1.weight" in weights
-            arguments = {} if published else PRIOR
-            network = build_network(VQGAN, **{**arguments, "n_embed": n_embed})
+            arguments = {} if part + "encoder.down.4.block.0.conv1.weight" in weights else PRIOR
+            network = build_network(VQGAN, **dict(arguments, n_embed=n_embed))
             if part:
                 network = VQGANPrior(network)
-        network.load_state_dict(weights)
-        if not all(weight.isfinite().all() for weight in network.state_dict().values()):
+        # not strict: a published file has parts of its loss, too
+        if network.load_state_dict(weights, strict=False).missing_keys or not all(
+            weight.isfinite().all() for weight in network.state_dict().values()
+        ):
             raise ValueError
         return network
     except Exception as problem:  # an unpickler fails in as many ways as files are damaged
-        raise BadInput(f"{path} is no {expected} ({type(problem).__name__})") from None
+        raise BadInput(f"{path} is no {expected} ({type(problem).__name__})")
 
 
 def load_checkpoint(path: Path) -> nn.Module:
@@ -1622,7 +1625,7 @@ def run_rain(args: argparse.Namespace):
     prepare_folder(args.output)
     clean = open_image(args.photo)[None]
     rainy = rain_degradation(RAIN[args.range])(clean, stream(args.seed, "rain command"))
-    save_image(rainy[0], args.output, profile=colour_profile(args.photo))
+    save_image(rainy[0], args.output, source=args.photo)
 
 
 def run_train(args: argparse.Namespace):
@@ -1637,17 +1640,22 @@ def run_train(args: argparse.Namespace):
         loss, rate = None, RATE
     training, held_out = training_and_held_out(args.backgrounds, args.seed)
     patches = training_patches(training, args.n, args.seed, args.choice)
-    degrade = rain_degradation(RAIN[args.rain])
-    network.to(args.device)
-    train(network, patches, degrade, args.steps, args.seed, loss=loss, rate=rate, label=net)
+    train(
+        network.to(args.device),
+        patches,
+        degrade=rain_degradation(RAIN[args.rain]),
+        steps=args.steps,
+        seed=args.seed,
+        loss=loss,
+        rate=rate,
+        label=net,
+    )
     save_checkpoint(args.output, network, net)
 
-    tests = {rain: test_images(held_out, rain, args.seed) for rain in (args.rain, "unseen")}
-    for images in tests.values():
-        images[net] = predict(network, images["rainy"])
-    rows = measure(tests, "rainy", n=0) + measure(tests, "opening 7", n=0)
     print(f"on {len(held_out)} images that were not trained on:")
-    print_table(rows + measure(tests, net, n=args.n))
+    tests = test_images(held_out, args.rain, args.seed)
+    rows = measure(tests, "rainy", n=0, step=0) + measure(tests, "opening 7", n=0, step=0)
+    print_table(rows + measure(tests, net, n=args.n, step=args.steps, network=network))
 
 
 def run_vqgan(args: argparse.Namespace):
@@ -1676,18 +1684,18 @@ def run_restore(args: argparse.Namespace) -> int:
     prepare_folder(args.output / "NAME-restored.png")
 
     def work(target):
-        restored = restore(network, open_image(sources[target]))
-        save_image(restored, target, profile=colour_profile(sources[target]))
+        save_image(
+            restore(network, open_image(sources[target])), target, source=sources[target]
+        )
 
-    return len(sources) - len(each(work, list(sources)))
+    return len(sources) - len(each(work, sources))
 
 
 def names_of(file: Path, folder: Path) -> list:
     """Return what a file is recognized by, the surest first."""
     path = file.relative_to(folder)
-    numbers = tuple(int(number) for number in re.findall(r"\d+", path.stem))
-    # without a number the file, to which no other is equal
-    return [path, path.with_suffix(""), path.stem, numbers or file, numbers[:1] or file]
+    numbers = tuple(map(int, re.findall(r"\d+", path.stem)))
+    return [path, path.with_suffix(""), path.stem, numbers, numbers[:1]]
 
 
 def find_pairs(rainy_folder: Path, clean_folder: Path) -> dict[Path, Path | None]:
@@ -1706,15 +1714,18 @@ def find_pairs(rainy_folder: Path, clean_folder: Path) -> dict[Path, Path | None
     known = {}  # the clean files that a name leads to
     for file in sorted(clean_files - inner or inner):
         for name in names_of(file, clean_folder)[:4]:
-            known.setdefault(name, []).append(file)
+            if name:  # not (), of a name without a number
+                known.setdefault(name, []).append(file)
 
     pairs = {}
     for file in sorted(rainy_files - inner or inner):
-        found = [known[name] for name in names_of(file, rainy_folder) if name in known]
-        partners = found[0] if found else [None]
+        partners = next(
+            (known[name] for name in names_of(file, rainy_folder) if name in known), [None]
+        )
         if len(partners) > 1:
-            choice = f"{partners[0]} or {partners[1]}"
-            raise BadInput(f"{file} may belong to {choice}; give files of a pair the same name")
+            raise BadInput(
+                f"{file} may belong to {partners[0]} or {partners[1]}; give pairs the same name"
+            )
         pairs[file] = partners[0]
     return pairs
 
@@ -1736,18 +1747,20 @@ def run_evaluate(args: argparse.Namespace) -> int:
             raise BadInput(f"{file} and {pairs[file]} differ in size")
         if not rain_mask(rainy, clean).any():
             print(f"no rain in {file}")
-
-        def row(name, output):
-            measures = decoupled_evaluation(output, rainy, clean)
-            return {"rainy": file, "clean": pairs[file], "output": name, **measures}
-
-        # one after the other, to save memory
-        rows = [row(name, output) for name, output in untrained(rainy).items()]
+        outputs = untrained(rainy)
         for name, network in networks.items():
-            rows.append(row(name, restore(network, rainy[0])[None]))
-        return rows
+            outputs[name] = restore(network, rainy[0])[None]
+        return [
+            dict(
+                rainy=file,
+                clean=pairs[file],
+                output=name,
+                **decoupled_evaluation(output, rainy, clean=clean),
+            )
+            for name, output in outputs.items()
+        ]
 
-    evaluated = each(evaluate, list(pairs))
+    evaluated = each(evaluate, pairs)
     print_table([mean_of(rows) for rows in zip(*evaluated)])
     if args.output:
         write_table(args.output, sum(evaluated, []))
@@ -1756,12 +1769,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def mean_of(rows: list[dict]) -> dict:
     """Return the mean measures of an output over pairs."""
-    means = {"output": rows[0]["output"], "pairs": len(rows)}
-    for name in ("rain_left", "damage", "E_R", "E_B", "psnr", "ssim"):
+    means = dict(output=rows[0]["output"], pairs=len(rows))
+    for name in list(rows[0])[3:]:
         values = [row[name] for row in rows if math.isfinite(row[name])]
         if len(values) < len(rows):
             print(f"{means['output']}: {name} is a mean over {len(values)} of {len(rows)} pairs")
-        means[name] = np.mean(values).item() if values else math.nan
+        means[name] = np.mean(values)  # NaN if there are none
     return means
 
 
@@ -1805,56 +1818,17 @@ def add_command(
         add("--steps", type=positive, default=steps, help="number of training steps")
         add("--seed", type=whole_number, default=0, help="of all random numbers")
     if rain:
-        ranges = ("small", "medium", "large")
-        add("--rain", choices=ranges, default=rain, help="range of training rain")
+        add(
+            "--rain",
+            choices=("small", "medium", "large"),
+            default=rain,
+            help="range of training rain",
+        )
         add("--net", choices=NETWORKS, default="resnet", help="architecture")
     if run != run_rain:
         devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
         add("--device", choices=devices, default=devices[0], help="where to compute")
     return add
-
-
-def add_learning(commands: argparse._SubParsersAction):
-    add = add_command(
-        commands,
-        run_compare,
-        about="train on 8 plain backgrounds, with one exchanged, and on 1,024; draw headline.png",
-        usage="[OPTIONS]",
-        example="--seed 1",
-        steps=1200,
-        rain="small",
-    )
-    add("--out", type=Path, default=Path("figures"), help="folder of headline.png")
-
-    add = add_command(
-        commands,
-        run_train,
-        about="train a network, and measure it on images that it was not trained on",
-        usage="-o MODEL [OPTIONS]",
-        example="--backgrounds photos/ -o model.pt",
-        output="checkpoint to write",
-        steps=2400,
-        rain="large",
-    )
-    add("--n", type=positive, default=MANY, help="number of backgrounds")
-    add(
-        "--choice",
-        choices=("low", "high", "any", "plain"),
-        default="low",
-        help="low, high: of 3 n patches the n least sharp, the n sharpest; any: as they come; "
-        "plain: those with little bright detail, n up to 512: less damage, more rain left",
-    )
-    add("--vqgan", type=Path, help="pre-trained content prior to fine-tune, instead of --net")
-
-    add_command(
-        commands,
-        run_vqgan,
-        about="pre-train a VQGAN, the content prior of train --vqgan",
-        usage="-o VQGAN [OPTIONS]",
-        example="--backgrounds photos/ -o vqgan.pt",
-        output="checkpoint to write",
-        steps=5000,
-    )
 
 
 def add_using(commands: argparse._SubParsersAction):
@@ -1903,20 +1877,57 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         prog="derain.py", title="commands, each with a --help", metavar="COMMAND", required=True
     )
-    add_learning(commands)
+    add = add_command(
+        commands,
+        run_compare,
+        about="train on 8 plain backgrounds, with one exchanged, and on 1,024; draw headline.png",
+        usage="[OPTIONS]",
+        example="--seed 1",
+        steps=1200,
+        rain="small",
+    )
+    add("--out", type=Path, default="figures", help="folder of headline.png")
+
+    add = add_command(
+        commands,
+        run_train,
+        about="train a network, and measure it on images that it was not trained on",
+        usage="-o MODEL [OPTIONS]",
+        example="--backgrounds photos/ -o model.pt",
+        output="checkpoint to write",
+        steps=2400,
+        rain="large",
+    )
+    add("--n", type=positive, default=MANY, help="number of backgrounds")
+    add(
+        "--choice",
+        choices=("low", "high", "any", "plain"),
+        default="low",
+        help="low, high: of 3 n patches the n least sharp, the n sharpest; any: as they come; "
+        "plain: those with little bright detail, n up to 512: less damage, more rain left",
+    )
+    add("--vqgan", type=Path, help="pre-trained content prior to fine-tune, instead of --net")
+
+    add_command(
+        commands,
+        run_vqgan,
+        about="pre-train a VQGAN, the content prior of train --vqgan",
+        usage="-o VQGAN [OPTIONS]",
+        example="--backgrounds photos/ -o vqgan.pt",
+        output="checkpoint to write",
+        steps=5000,
+    )
     add_using(commands)
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Run the command line; return 0, 1 (some files failed), 2 or, after Ctrl-C, 130."""
-    for output in (sys.stdout, sys.stderr):
-        if hasattr(output, "reconfigure"):  # a notebook's has not
-            # for odd file names; and os._exit, below, flushes no buffer
-            output.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        # for odd file names; and os._exit, below, flushes no buffer
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # two wait for each other
-    arguments = sys.argv[1:] if arguments is None else arguments
     args = make_parser().parse_args(arguments or ["compare"])
     try:
         return 1 if args.run(args) else 0
@@ -1930,4 +1941,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # without waiting for the threads of `compare` after Ctrl-C
-    os._exit(main())
+    os._exit(main(sys.argv[1:]))

@@ -709,7 +709,7 @@ def figure_detail(rows):
 def figure_default(runs, folder, held_out):
     """Draw a test image in unseen rain and without; and what is made of it."""
     networks = [derain.load_checkpoint(file_of(run, folder, suffix="pt")) for run in runs]
-    images = derain.test_images(held_out, "unseen", seed=runs[0].seed)
+    images = derain.test_images(held_out, "unseen", seed=runs[0].seed)["unseen"]
     clean = images["clean"][2:3]
     names = ("unseen rain", "opening 7", "default of train", "usual training")
     figure = Figure((12, 6.8), layout="constrained")

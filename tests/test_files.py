@@ -34,11 +34,21 @@ def test_grey_of_16_bits_is_read_by_its_value(name, tmp_path):
     assert len(image) == 3 and np.allclose(image, values / 65535)
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_tiffs_of_32_bits_are_refused_in_one_line(kind, tmp_path):
-    Image.fromarray(np.ones((4, 3), kind)).save(tmp_path / "a.tif")
+@pytest.mark.parametrize(
+    "kind, entry, other",
+    [
+        (np.float32, b"", b""),
+        (np.int32, b"", b""),
+        (np.uint16, b"\x02\1\3\0\1\0\0\0\x10", b"\x02\1\3\0\1\0\0\0\x0c"),  # 12 bits
+        (np.uint16, b"\x06\1\3\0\1\0\0\0\1", b"\x06\1\3\0\1\0\0\0\0"),  # a negative
+    ],
+)
+def test_other_grey_tiffs_are_refused_in_one_line(kind, entry, other, tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.ones((4, 4), kind)).save(path)
+    path.write_bytes(path.read_bytes().replace(entry, other))
     with pytest.raises(derain.BadInput, match=r"a\.tif.*8 or 16 bits\Z"):
-        derain.open_image(tmp_path / "a.tif")
+        derain.open_image(path)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +102,7 @@ def test_tiles_equal_the_whole(net, height, width, rng):
     images = torch.from_numpy(rng.random((17, 3, height, width), np.float32))  # more than a chunk
     whole = network(images).clamp(0, 1).detach()
     torch.testing.assert_close(derain.predict(network, images), whole)
-    assert (derain.restore(network, images[0], tile=64) - whole[0]).abs().max() < 1e-5
+    assert (derain.restore(network, images[0], rows=64) - whole[0]).abs().max() < 1e-5
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def drops_by_hand(noise, quantity):
     found = []
     for image, share in zip(noise.double(), quantity.tolist()):
         threshold = 1 - share / 10_000
-        found.append(np.interp(image, [threshold, 1], derain.STREAK_PEAK, left=0))
+        found.append(np.interp(image, [threshold, 1], [0.3, 0.8], left=0))
     return torch.tensor(np.array(found)).float()
 
 
