@@ -70,9 +70,9 @@ def stream(seed: int, *purpose: str | int) -> np.random.Generator:
 #     uniform noise        drops: noise above       one streak,          rain layer: a streak
 #                          a threshold, .95         the kernel           at every drop
 #
-#     .31 .90 .12 .54      .   .   .   .                  /                .  .  .  /
-#     .26 .65 .99 .42      .   .   *   .       and       /        give     .  .  /  .
-#     .83 .17 .38 .71      .   .   .   .                /                  .  /  .  .
+#     .31 .90 .12 .54      ....                      /                   .../
+#     .26 .65 .99 .42      ..*.            and      /           give     ../.
+#     .83 .17 .38 .71      ....                    /                     ./..
 #
 # How many streaks there are, and how they look, is drawn anew for every image, from intervals that
 # we choose.  A network can learn the intervals instead of the image: to remove bright lines that
@@ -107,7 +107,7 @@ def streak_kernel(
 
     width, length, direction: as in RainRange.  Numbers give one kernel (k, k), tensors (n,) give n
     of them (n, k, k).  The Gaussian falls to one half at width / 2: sigma is width / 2.3548.  k is
-    2 radius + 1, with a radius of length / 2 + 3 sigma, rounded up (of n streaks, the largest).
+    2 radius + 1, with a radius of length / 2 + 3 sigma, rounded up (the largest of n).
     """
     # (1, 1) or (n, 1, 1), to combine with pixels (k, k)
     sigma = torch.as_tensor(width)[..., None, None] / 2.3548
@@ -147,7 +147,8 @@ def rain_layers(
 ) -> Tensor:
     """Return n rain layers (n, 1, h, w) in [0, 1]; size is (h, w), or one number for both.
 
-    Each has its own quantity, width, length and direction.  Streaks add up, to at most 1; some enter from outside the image.
+    Each has its own quantity, width, length and direction.  Streaks add up, to at most 1; some
+    enter from outside the image.
     """
     height, width = (size, size) if isinstance(size, int) else size
     quantity, streak_width, streak_length, direction = (
@@ -193,13 +194,13 @@ def rain_degradation(rain_range: RainRange) -> Callable[[Tensor, np.random.Gener
 # A network learns from small patches of clean images: photographs, or faces that we draw.
 #
 # A streak is bright and thin.  Some backgrounds show bright, thin structure as well: the white
-# around an iris, a twig in the sun.  A filter, the opening, removes whatever is bright and narrower than a
-# small square.  What it takes from a *clean* patch is what looks like rain in it; the mean of this
-# is the patch's bright detail.  Along one row of pixels, with a square of 5:
+# around an iris, a twig in the sun.  A filter, the opening, removes whatever is bright and narrower
+# than a small square.  What it takes from a *clean* patch is what looks like rain in it; the mean
+# of this is the patch's bright detail.  Along one row of pixels, with a square of 5:
 #
-#     patch            2 2 2 2 9 9 2 2 2 7 7 7 7 7 7
-#     opening          2 2 2 2 2 2 2 2 2 7 7 7 7 7 7      the edge stays, the thin line is gone
-#     patch - opening  0 0 0 0 7 7 0 0 0 0 0 0 0 0 0
+#     patch            2 2 9 9 2 2 7 7 7 7 7
+#     opening          2 2 2 2 2 2 7 7 7 7 7      the edge stays, the thin line is gone
+#     patch - opening  0 0 7 7 0 0 0 0 0 0 0
 #
 # A plain patch, such as a cheek, has hardly any.  It may have edges.
 
@@ -321,9 +322,8 @@ def training_patches(images: list[Tensor], n: int, seed: int, choice: str = "any
 
 # ---- 3  Measures: was the rain removed, and was the background kept? ----------------------------
 #
-# The usual measure, PSNR, counts all errors together: rain that was left, and a background that was
-# damaged.  With the clean image, the two can be separated.  Call what rain changed r, and what is
-# wrong in the output d:
+# PSNR, the usual measure, counts rain that was left and damage to the background together.  With
+# the clean image, the two can be separated.  Call what rain changed r, and the output's error d:
 #
 #     r = rainy - clean          d = output - clean
 #
@@ -586,13 +586,12 @@ def predict(network: nn.Module, images: Tensor) -> Tensor:
 # added, just what an opening removes.
 #
 # Why should one patch matter?  This is our reading.  Where no background shows anything bright and
-# thin, it is enough to remove whatever is bright and thin, in any rain.  The price is damage: in
-# test images, this removes eyes, too.  With an eye among the backgrounds, a network has to tell
-# streaks from it, and does so by how the training rain looks, mostly by its direction (claim
-# `factors` in figures/claims.md).  Unseen rain has other directions.
+# thin, it is enough to remove whatever is bright and thin, in any rain.  (The price is damage: eyes
+# go as well.)  With an eye among them, a network must tell streaks from it by how the training rain
+# looks, mostly by its direction (figures/claims.md, `factors`), and unseen rain has another.
 
 TEST_PATCHES, TEST_PATCH = 16, 128  # test images: how many, and their side in pixels
-# What each copy is trained on: how many backgrounds, and which.
+# of each copy: how many backgrounds, and which
 COPIES = dict(few=(8, "plain"), exchanged=(8, "exchanged"), many=(MANY, "any"))
 
 
@@ -602,7 +601,7 @@ def untrained(rainy: Tensor) -> dict[str, Tensor]:
 
 
 def test_images(held_out: list[Tensor], rain: str, seed: int) -> dict[str, dict[str, Tensor]]:
-    """Return {rain: {"clean", "rainy", "opening 5", ...: test images}}, for a rain and the unseen."""
+    """Return {rain: {"clean", "rainy", "opening 5", ...: images}}, for a rain and unseen rain."""
     clean = sample_patches(
         held_out, TEST_PATCHES, size=TEST_PATCH, rng=stream(seed, "test patches")
     )
@@ -645,10 +644,9 @@ def compare(
     """Train the three COPIES of a network side by side, and measure them while they train.
 
     training, held_out: images (3, h, w) to learn from, and others to test on.
-    Returns rows and pictures.  A row holds a step, a rain ("unseen", or that of training), an
-    output (rainy, opening 5, opening 7, or a copy), its number n of backgrounds (0: not trained),
-    and its measures.  pictures[rain][output] are the test images at the end,
-    pictures["backgrounds"][copy] the patches of a copy.
+    Returns the rows of `measure`, in the rain of training and in unseen rain, and pictures:
+    pictures[rain][output] are the test images at the end, pictures["backgrounds"][copy] the patches
+    of a copy.
     """
     tests = test_images(held_out, rain, seed=seed)
     backgrounds = {}
@@ -754,8 +752,8 @@ def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) ->
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Enlarge images (n, c, h, w) at the bottom and right until both sides are multiples.
 
-    The new pixels mirror the image at its last row and column, which are not repeated.  If it is
-    too small for this on either side, its last row and column are repeated instead, on both.
+    New pixels mirror the image at its last row and column, without repeating these.  If one side is
+    too small for this, both repeat their last pixels instead.
     """
     height, width = images.shape[2:]
     bottom = -height % multiple  # what is missing to the next multiple
@@ -811,15 +809,15 @@ class UNet(nn.Module):
 # softmax turns the scores into weights that sum to 1, and the pixel's new features are the weighted
 # sum of theirs.  To save time, each looks only at its own window, here of 8 x 8 pixels.
 #
-# So that something crosses their borders, every second block shifts them by half their side: the
-# image is rolled up and to the left, and what leaves at one edge comes in at the opposite one.  For
-# example, 8 rows in windows of 4:
+# So that something crosses the borders of windows, every second block shifts them by half their
+# side: the image is rolled up and to the left, and what leaves at one edge comes in at the opposite
+# one.  For example, 8 rows in windows of 4:
 #
 #     plain:    [0 1 2 3] [4 5 6 7]
 #     rolled:   [2 3 4 5] [6 7|0 1]      6, 7 and 0, 1 now share a window
 #
-# Rows 7 and 0 lie at opposite edges of the image, and should not see each other.  So a mask adds
-# -100 to their score, and their weight becomes practically 0.
+# Rows 6, 7 and rows 0, 1 lie at opposite edges of the image, and should not see each other.  So a
+# mask adds -100 to their scores, and their weights become practically 0.
 
 
 def to_windows(image: Tensor, window: int) -> Tensor:
@@ -841,7 +839,7 @@ def from_windows(windows: Tensor, window: int, shape: tuple[int, int, int, int])
 
 
 def shift_mask(h: int, w: int, window: int) -> Tensor:
-    """Return what is added to scores of attention in a rolled image (h, w): 0 or -100.
+    """Return the mask of a rolled image (h, w), which is added to scores: 0 or -100.
 
     The image was rolled up and to the left by window // 2.  For each of its windows, the mask
     (windows, window * window, window * window) is -100 for two pixels if the row or the column of
@@ -878,8 +876,8 @@ class WindowAttention(nn.Module):
         side = 2 * window - 1  # 15 in a window of 8
         self.position_bias = nn.Parameter(torch.zeros(side * side, heads))
 
-        # For pixels i and j: (n, n), with n = window * window.  It follows from the size of the
-        # window, so it is neither learned nor saved.
+        # (n, n), for pixels i and j; n = window * window.  It follows from the window, so it is
+        # neither learned nor saved.
         place = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (n, 2)
         # from pixel j to pixel i, plus 7 so that it is not negative: (n, n, 2)
         offset = place[:, None] - place + window - 1
@@ -935,10 +933,9 @@ class SwinBlock(nn.Module):
 class SwinIR(nn.Module):
     """SwinIR (Liang et al. 2021): groups of Swin blocks between convolutions.
 
-    In a group, every second block is shifted; then comes a convolution, and its output is added to
-    the group's input.
-    It computes what the published network computes for denoising.  The arguments have the published
-    names: channels, blocks and heads of each group, side of a window, width of a hidden layer.
+    A group is blocks, every second one shifted, and a convolution, added to their input.  SwinIR
+    computes what the published network computes for denoising.  The arguments have the published
+    names: channels, blocks and heads of each group, side of a window, hidden units per channel.
     """
 
     def __init__(
@@ -1003,8 +1000,6 @@ NETWORKS = dict(resnet=ResNet, unet=UNet, swinir=SwinIR)
 # from the codes.  All three are trained together on clean images, so there are codes for what these
 # show, and none for rain.  In our prior one vector stands for 8 x 8 pixels.  A thin streak covers
 # few of these, so often the nearest code stays the same.
-#
-# All parts have their published names, so that published checkpoints can be loaded.
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -1062,7 +1057,7 @@ class PixelAttention(nn.Module):
         return x + self.proj_out(collected.mT.reshape(x.shape))
 
 
-def middle(channels: int) -> nn.Sequential:
+def middle_blocks(channels: int) -> nn.Sequential:
     """Return what encoder and decoder have at the lowest resolution: block, attention, block."""
     return nn.Sequential(
         OrderedDict(
@@ -1122,7 +1117,7 @@ def encoder(
         OrderedDict(
             conv_in=conv_in,
             down=down,
-            mid=middle(widths[-1]),
+            mid=middle_blocks(widths[-1]),
             norm_out=group_norm(widths[-1]),
             silu=nn.SiLU(),
             conv_out=conv3x3(widths[-1], z_channels),
@@ -1138,7 +1133,7 @@ def decoder(
     Each level has one block more.
     """
     conv_in = conv3x3(z_channels, widths[-1])
-    mid = middle(widths[-1])
+    mid = middle_blocks(widths[-1])
     levels = []
     # Level i takes what level i + 1 gave.
     for inputs, width, attends in zip([*widths[1:], widths[-1]], widths, attention):
@@ -1163,15 +1158,15 @@ def decoder(
 class Codebook(nn.Module):
     """Vector quantization: replaces each vector by the nearest code (van den Oord et al. 2017).
 
-    To choose the nearest code is a step function: no useful gradient passes to the encoder.  So the
+    The choice of a code jumps, so no useful gradient passes to the encoder.  Instead, the
     straight-through estimator hands the gradient of the output to the latent:
 
         output = latent + (quantized - latent).detach()
 
     has the value of `quantized`, but what is detached counts as a constant.  This is about right if
-    a latent is near its code.  A loss pulls both together, by two terms, each the squared distance
-    of a latent and its code.  In one the code is detached, so only the latent moves; in the other
-    the latent is.
+    a latent is near its code.  So a loss pulls both together, by their mean squared distance: once
+    with the codes detached, so that only latents move, and once, times 0.25, with the latents
+    detached (as in the published VQGAN; van den Oord et al. weigh the other way round).
     """
 
     def __init__(self, n_embed: int, embed_dim: int):
@@ -1182,30 +1177,27 @@ class Codebook(nn.Module):
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the quantized latent, the indices of its codes, and the loss.
 
-        latent and quantized latent: (n, embed_dim, h, w).  indices: (n, h, w).  Both terms of the
-        loss are means.  The one that moves latents has the weight 1, the one that moves codes 0.25,
-        as in VQGAN's published code (van den Oord et al.: the other way round).
+        latent and quantized latent: (n, embed_dim, h, w).  indices: (n, h, w).
         """
         vectors = latent.permute(0, 2, 3, 1)  # (n, h, w, embed_dim)
         # the smallest of the distances (n, h, w, n_embed)
         indices = torch.cdist(vectors, self.embedding.weight).argmin(3)
         quantized = self.embedding(indices).permute(0, 3, 1, 2)
 
-        # The first term moves latents, the second codes.
         loss = F.mse_loss(latent, quantized.detach())
         loss = loss + 0.25 * F.mse_loss(quantized, latent.detach())
         return latent + (quantized - latent).detach(), indices, loss
 
 
 class VQGAN(nn.Module):
-    """The autoencoder of Esser et al. (2021), with its published names and default arguments.
+    """The autoencoder of Esser et al. (2021), with the names and defaults of their checkpoints.
 
     Level i has ch * ch_mult[i] channels and half the resolution of level i - 1, and attention if
     that resolution is in attn_resolutions, for images of `resolution` pixels a side.  There are
     n_embed codes of embed_dim numbers.  quant_conv turns the encoder's z_channels into embed_dim
     channels, post_quant_conv back.
 
-    Note: images are in [-1, 1] here, not in [0, 1].
+    Images are in [-1, 1] here.
     """
 
     def __init__(
@@ -1222,8 +1214,9 @@ class VQGAN(nn.Module):
         super().__init__()
         widths = [ch * factor for factor in ch_mult]
         attention = [resolution // 2**level in attn_resolutions for level in range(len(widths))]
-        self.encoder = encoder(ch, widths, num_res_blocks, attention, z_channels)
-        self.decoder = decoder(widths, num_res_blocks, attention, z_channels)
+        shared = dict(blocks=num_res_blocks, attention=attention, z_channels=z_channels)
+        self.encoder = encoder(ch, widths, **shared)
+        self.decoder = decoder(widths, **shared)
         self.quantize = Codebook(n_embed, embed_dim)
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
@@ -1258,14 +1251,15 @@ PRIOR_RATE = 5e-4  # at a higher learning rate, the encoder forgets what it was 
 def pretrain(vqgan: VQGAN, images: list[Tensor], steps: int, seed: int = 0, label: str = ""):
     """Train a VQGAN in place, to give clean patches of images (3, h, w) in [0, 1] back.
 
-    The loss is L1 and that of the codebook.  (The published VQGAN has two more, a perceptual and an
-    adversarial one, which make details look real.)  For the first 30 % of the steps the codebook is
-    left out: pulled to codes that mean nothing yet, the images would turn grey.  A code that is
-    far from all latents is never chosen, and so never moves.  If it was not chosen for more than 30
-    steps, it is replaced by a vector of the latents at hand.
+    The loss is L1 and that of the codebook.  (The published VQGAN has two more, for details that
+    look real.)  For the first 30 % of the steps the codebook is left out: pulled to codes that mean
+    nothing yet, the images would turn grey.
+
+    A code that is far from all latents is never chosen, and so never moves.  If it was not chosen
+    for more than 30 steps, it is replaced by a vector of the latents at hand.
     """
     codes = vqgan.quantize.embedding.weight  # (n_embed, embed_dim)
-    # steps since a code was chosen; the first codes are random, and may be replaced at once
+    # steps since a code was chosen; the first codes may be replaced at once
     idle = torch.full([len(codes)], 31, device=codes.device)
     # betas as published
     optimizer = torch.optim.Adam(vqgan.parameters(), betas=(0.5, 0.9), fused=True)
@@ -1309,7 +1303,7 @@ class VQGANPrior(nn.Module):
     codes of the clean one:
 
         degraded --encoder (learns)--> latent --codebook--> codes --decoder--> restored
-                                          ^         (codebook and decoder: frozen)
+                                          ^
                                           |  should be near to
                                           v
            clean --teacher, codebook--> codes
@@ -1365,7 +1359,7 @@ def complain(message: str):
 
 
 def write_file(path: Path, content: bytes):
-    """Write bytes beside a file, then rename them, and print the path; raises BadInput."""
+    """Write a file whole or not at all, and print its path.  Raises BadInput if it cannot."""
     temporary = path.with_name(f".{os.getpid()}.part")
     try:
         temporary.write_bytes(content)
@@ -1489,7 +1483,8 @@ def image_files(folder: Path) -> list[Path]:
     ]
     if not files:
         raise BadInput(
-            f"{folder} is no folder with images ({' '.join(FORMATS)}); links are not followed"
+            f"{folder} is no folder with images ({' '.join(FORMATS)}); "
+            "links to folders are not followed"
         )
     return files
 
@@ -1511,13 +1506,13 @@ def load_images(path: Path, smallest: int = 1) -> list[Tensor]:
         if min(image.shape[1:]) < smallest:
             raise BadInput(f"{file} is smaller than {smallest} x {smallest} pixels")
         top, left = [max(0, length - side) // 2 for length in image.shape[1:]]
-        return image[:, top : top + side, left : left + side].clone()
+        return image[:, top : top + side, left : left + side].clone()  # frees the rest
 
     return each(open_middle, files)
 
 
 def training_and_held_out(path: Path | None, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return images to train on and others to test on: of photographs three quarters and one."""
+    """Return images to train on, and others to test on: a quarter of the photographs."""
     if not path:
         faces = [
             torch.from_numpy(draw_face(256, stream(seed, "backgrounds", i))) for i in range(80)
@@ -1600,17 +1595,19 @@ def load(path: Path, kinds: list[str], expected: str) -> nn.Module:
 
 def load_checkpoint(path: Path) -> nn.Module:
     """Return the restoration network in a file of `train`."""
-    return load(path, [*NETWORKS, "prior"], "network of `derain.py train`")
+    return load(path, [*NETWORKS, "prior"], expected="network of `derain.py train`")
 
 
 def load_vqgan(path: Path) -> VQGAN:
     """Return the VQGAN in a file of `vqgan`, or in a published one (Esser et al. 2021, f = 16)."""
-    return load(path, ["vqgan"], "file of `derain.py vqgan`, nor a published VQGAN with f = 16")
+    return load(
+        path, ["vqgan"], expected="file of `derain.py vqgan`, nor a published VQGAN with f = 16"
+    )
 
 
 # ---- 9  Commands: how is all this run? ----------------------------------------------------------
 #
-# Each is a function run_NAME of the parsed options; it returns how many of several files failed.
+# Each is a function run_NAME of the parsed options.  Of several files, it returns how many failed.
 
 
 def run_compare(args: argparse.Namespace):
@@ -1649,7 +1646,7 @@ def run_train(args: argparse.Namespace):
         network = build_network(NETWORKS[net], args.seed)
         loss, rate = None, RATE
     training, held_out = training_and_held_out(args.backgrounds, args.seed)
-    patches = training_patches(training, args.n, args.seed, args.choice)
+    patches = training_patches(training, args.n, seed=args.seed, choice=args.choice)
     train(
         network.to(args.device),
         patches,
@@ -1663,7 +1660,7 @@ def run_train(args: argparse.Namespace):
     save_checkpoint(args.output, network, net)
 
     print(f"on {len(held_out)} images that were not trained on:")
-    tests = test_images(held_out, args.rain, args.seed)
+    tests = test_images(held_out, args.rain, seed=args.seed)
     rows = measure(tests, "rainy", n=0, step=0) + measure(tests, "opening 7", n=0, step=0)
     print_table(rows + measure(tests, net, n=args.n, step=args.steps, network=network))
 
@@ -1709,9 +1706,9 @@ def names_of(file: Path, folder: Path) -> list:
 def find_pairs(rainy_folder: Path, clean_folder: Path) -> dict[Path, Path | None]:
     """Return {rainy file: clean file}, for the files in two folders and their subfolders.
 
-    They belong together by their paths within the folders; or else by their names; or else by all
-    numbers in their names; or else if the only number of the clean name is the first of the rainy
-    one.  Raises BadInput if there is a choice between two.
+    They belong together by their paths within the folders, or else their names, or else all numbers
+    in these, or else if the only number of the clean name is the first of the rainy one.  Raises
+    BadInput if there is a choice between two.
     """
     rainy_files = set(image_files(rainy_folder))
     clean_files = set(image_files(clean_folder))
@@ -1720,13 +1717,13 @@ def find_pairs(rainy_folder: Path, clean_folder: Path) -> dict[Path, Path | None
     # If one folder lies within the other, the files of the inner one belong to it alone.
     inner = rainy_files & clean_files
     known = {}  # the clean files that a name leads to
-    for file in sorted(clean_files - inner or inner):
-        for name in names_of(file, clean_folder)[:4]:
+    for file in sorted((clean_files - inner) or inner):
+        for name in names_of(file, clean_folder)[:4]:  # all but the first number alone
             if name:  # not (), of a name without a number
                 known.setdefault(name, []).append(file)
 
     pairs = {}
-    for file in sorted(rainy_files - inner or inner):
+    for file in sorted((rainy_files - inner) or inner):
         partners = next(
             (known[name] for name in names_of(file, rainy_folder) if name in known), [None]
         )
@@ -1748,7 +1745,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         """Return a row for each output."""
         if pairs[file] is None:
             raise BadInput(f"{file} has no clean partner")
-        print(f"evaluate {file}")
+        print(f"evaluate {file} against {pairs[file]}")
         rainy = open_image(file)[None]
         clean = open_image(pairs[file])[None]
         if rainy.shape != clean.shape:
@@ -1789,7 +1786,7 @@ def mean_of(rows: list[dict]) -> dict:
 def whole_number(text: str, least: int = 0) -> int:
     """Return the value of an option: a whole number, not below `least`."""
     if not text.isdecimal() or not least <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to 2^31")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to below 2^31")
     return int(text)
 
 
@@ -1807,7 +1804,7 @@ def add_command(
     steps: int | None = None,
     rain: str | None = None,
 ) -> Callable:
-    """Add a command, with --output, --steps and --rain if given; return what adds options."""
+    """Add a command, with the options that it shares with others; return what adds its own."""
     name = run.__name__.removeprefix("run_")
     command = commands.add_parser(
         name,
@@ -1930,7 +1927,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; return 0, 1 (some files failed), 2 or, after Ctrl-C, 130."""
+    """Run the command line; return 0, 1 (some files failed), 2 (bad input) or 130 (Ctrl-C)."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         # for odd file names; and os._exit, below, flushes no buffer
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
