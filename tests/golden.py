@@ -15,22 +15,22 @@ from torch import Tensor, nn
 DATA = Path(__file__).parent / "data"
 
 # The published name of each part of SwinIR that derain.py calls something else.
-PUBLISHED = {
-    "first": "conv_first",
-    "norm_first": "patch_embed.norm",
-    "groups": "layers",
-    "blocks": "residual_group.blocks",
-    "norm": "norm1",
-    "attention": "attn",
-    "position_bias": "relative_position_bias_table",
-    "project": "proj",
-    "perceptron_0": "norm2",
-    "perceptron_1": "mlp.fc1",
-    "perceptron_3": "mlp.fc2",
-    "norm_last": "norm",
-    "after_groups": "conv_after_body",
-    "last": "conv_last",
-}
+PUBLISHED = dict(
+    first="conv_first",
+    norm_first="patch_embed.norm",
+    groups="layers",
+    blocks="residual_group.blocks",
+    norm="norm1",
+    attention="attn",
+    position_bias="relative_position_bias_table",
+    project="proj",
+    perceptron_0="norm2",
+    perceptron_1="mlp.fc1",
+    perceptron_3="mlp.fc2",
+    norm_last="norm",
+    after_groups="conv_after_body",
+    last="conv_last",
+)
 
 
 def apply(function: Callable, *arguments):

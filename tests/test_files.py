@@ -96,8 +96,8 @@ def test_what_a_mac_leaves_in_a_zip_and_linked_folders_are_no_images(tmp_path, p
 
 @pytest.mark.parametrize("height, width", [(100, 70), (64, 65), (40, 130), (1, 1)])
 @pytest.mark.parametrize("net", ["resnet", "unet"])
-def test_tiles_equal_the_whole(net, height, width, rng):
-    """These networks see less than 32 pixels around each, so tiling must not change anything."""
+def test_strips_equal_the_whole(net, height, width, rng):
+    """These networks see less than 32 pixels around each, so cutting must not change anything."""
     network = fill(derain.NETWORKS[net]())
     images = torch.from_numpy(rng.random((17, 3, height, width), np.float32))  # more than a chunk
     whole = network(images).clamp(0, 1).detach()

@@ -9,16 +9,16 @@ import derain
 from golden import DATA, agree, agree_forward, apply, fill, near, ramp
 
 graded = pytest.mark.graded
-SMALL = {
-    "ch": 8,
-    "ch_mult": (1, 1, 2),
-    "num_res_blocks": 1,
-    "attn_resolutions": (8,),
-    "resolution": 32,
-    "z_channels": 8,
-    "n_embed": 32,
-    "embed_dim": 4,
-}
+SMALL = dict(
+    ch=8,
+    ch_mult=(1, 1, 2),
+    num_res_blocks=1,
+    attn_resolutions=(8,),
+    resolution=32,
+    z_channels=8,
+    n_embed=32,
+    embed_dim=4,
+)
 
 
 @pytest.fixture
