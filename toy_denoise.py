@@ -30,6 +30,8 @@ large as functions; rain is thin and bright. The codebook is given; a VQGAN has 
 import argparse
 import io
 import statistics
+import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -422,25 +424,22 @@ def run(folder: str, seeds: int, steps: int) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # more gain nothing on such small tensors
     results, examples = {}, {}
-    done = 0
+    begun = time.monotonic()
 
-    for seed in range(seeds):
-        for k, j in CELLS:
-            measured, example = experiment(k, j, seed, steps)
-            results |= measured
-            examples.setdefault((k, j), example)  # keeps that of the first seed
-            done += 1
+    for done, (seed, (k, j)) in enumerate(product(range(seeds), CELLS), start=1):
+        measured, example = experiment(k, j, seed, steps)
+        results |= measured
+        examples.setdefault((k, j), example)  # keeps that of the first seed
 
-            print(
-                f"network {done} of {seeds * len(CELLS)}, K = {k}, J = {j}: "
-                f"{measured['unseen', 'network', k, j, seed][0]:.0f} % of the unseen noise left",
-                flush=True,
-            )
+        print(
+            f"network {done} of {seeds * len(CELLS)}, K = {k}, J = {j}: "
+            f"{measured['unseen', 'network', k, j, seed][0]:.0f} % of the unseen noise left, "
+            f"{(time.monotonic() - begun) / done * (seeds * len(CELLS) - done):.0f} s to go",
+            flush=True,
+        )
 
-            if done == 2:
-                save(
-                    folder, "toy.png", draw_figure(results, examples, "First look\nNo verdict yet")
-                )
+        if done == 2:
+            save(folder, "toy.png", draw_figure(results, examples, "First look\nNo verdict yet"))
 
     table = "noise,restorer,K,J,seed,noise_left,damage,error\n"
     for (noise, restorer, k, j, seed), (noise_left, damage, error) in sorted(results.items()):
