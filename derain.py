@@ -6,8 +6,8 @@ without rain look.  Only the second helps in rain that it never saw.
 
 Part I is the lesson.  A network that is trained on 8 plain background images removes most of a rain
 that it never saw.  With one of the 8 exchanged for an image with bright, thin structure, such as an
-eye, it leaves most of it; trained on 1,024, nearly all.  `python derain.py` shows this in about a
-minute.  Part II is the rest.
+eye, it leaves most; trained on 1,024, it leaves nearly all.  `python derain.py` shows this in about
+a minute.  Part II is the rest.
 
 Part I:   1 rain, 2 backgrounds, 3 measures, 4 network and training, 5 main job
 Part II:  6 more networks, 7 content prior, 8 files, 9 commands
@@ -122,8 +122,8 @@ def streak_kernel(
     along = x * torch.sin(angle) - y * torch.cos(angle)
     across = x * torch.cos(angle) + y * torch.sin(angle)
 
-    # Across, a blurred line is a Gaussian.  Along, it is a box with soft ends: erf, the integral of
-    # a Gaussian, rises from -1 to 1 around 0, here at each end.  Beyond an end, the two cancel.
+    # Across, a blurred line is a Gaussian.  Along, it is a box with soft ends: a sum of two erf,
+    # the integral of a Gaussian, from -1 to 1.  Inside, both are 1; beyond an end, one is -1.
     blur = math.sqrt(2) * sigma
     gaussian = torch.exp(-((across / blur) ** 2))
     box = torch.erf((half - along) / blur) + torch.erf((half + along) / blur)
@@ -158,8 +158,8 @@ def rain_layers(
         direction = direction * torch.from_numpy(rng.choice([-1, 1], n))
 
     kernel = streak_kernel(streak_width, streak_length, direction=direction)  # (n, k, k)
-    margin = kernel.shape[1] - 1
-    # larger than the image; multiples of 16 are fast below
+    margin = kernel.shape[1] - 1  # in it, the transform below mixes opposite edges
+    # multiples of 16 are fast
     canvas = [math.ceil((side + margin) / 16) * 16 for side in (height, width)]
     noise = torch.from_numpy(rng.random((n, *canvas), np.float32))
 
@@ -167,8 +167,6 @@ def rain_layers(
     # transform turns into a product.  (If you have not met it, take these two lines as given.)
     spectrum = torch.fft.rfft2(drops(noise, quantity)) * torch.fft.rfft2(kernel, s=canvas)
     rain = torch.fft.irfft2(spectrum, s=canvas)[:, None]  # (n, 1, *canvas)
-
-    # The transform wraps around: the first `margin` rows and columns mix opposite edges.
     return rain[:, :, margin : margin + height, margin : margin + width].clamp(0, 1)
 
 
@@ -193,8 +191,8 @@ def rain_degradation(rain_range: RainRange) -> Callable[[Tensor, np.random.Gener
 #
 # A network learns from small patches of clean images: photographs, or faces that we draw.
 #
-# A streak is bright and thin.  Some backgrounds show bright, thin structure as well: the white
-# around an iris, a twig in the sun.  A filter, the opening, removes whatever is bright and narrower
+# A streak is bright and thin.  Some backgrounds show bright, thin structure as well: the rims
+# of an eye, a twig in the sun.  A filter, the opening, removes whatever is bright and narrower
 # than a small square.  What it takes from a *clean* patch is what looks like rain in it; the mean
 # of this is the patch's bright detail.  Along one row of pixels, with a square of 5:
 #
@@ -300,7 +298,7 @@ def training_patches(images: list[Tensor], n: int, seed: int, choice: str = "any
       exchanged   plain, but the first one is exchanged for the patch with the most bright detail
     Raises BadInput if a half has fewer than n, or if the patches that are cut take above 1 GB.
     """
-    # With any, MANY are cut even for n = 8: another count would give other patches.
+    # MANY are cut even for n = 8, so that these are the first 8 of the 1,024.
     count = 3 * n if choice in ("low", "high") else max(n, MANY)
     if count > 52_000:  # of 3 * 40 * 40 numbers of 4 bytes
         raise BadInput(f"{n:,} backgrounds take more than 1 GB of memory; give fewer")
@@ -331,11 +329,12 @@ def training_patches(images: list[Tensor], n: int, seed: int, choice: str = "any
 # (of a pixel, in a channel) as a point (r, d), and fit a straight line.  Its slope is the rain that
 # is left.  What slope * r does not explain is damage.
 #
-#      d |                 .  /
-#        |             . .  /  .         slope = rain_left / 100
-#        |         .   .  / .            damage: the root mean square of d - slope * r
-#        |     .  .  /  .
-#        |___.__/_._____________ r
+#      d |              . /
+#        |           . /    .       slope = rain_left / 100
+#        |        . /   .           damage: the root mean square of d - slope * r
+#        |    . /   .
+#        | . /
+#        |/_____________________ r
 #
 # In each image the line may lie higher or lower than (0, 0): the rainy image minus 0.1 has all its
 # rain left.  The slope ignores this shift; damage counts it.
@@ -574,21 +573,21 @@ def predict(network: nn.Module, images: Tensor) -> Tensor:
 
 # ---- 5  Main job: what must a network know to remove rain that it never saw? --------------------
 #
-# Three copies of one network are trained in the same rain.  They start from the same weights, so
-# that they differ in nothing but their backgrounds:
+# Three copies of one network are trained, with the same streaks at every step.  They start from the
+# same weights, so that they differ in nothing but their backgrounds:
 #
 #     few         8 plain patches
 #     exchanged   the same, but one is exchanged for the patch with the most bright detail
-#     many        1,024 patches as they come
+#     many        1,024 patches as they come, some with eyes
 #
 # All are measured on other images, in rain of the training range and in unseen rain.  Beside them
 # stand two openings, never trained.  They are hard to beat here: our rain is bright, thin and
 # added, just what an opening removes.
 #
 # Why should one patch matter?  This is our reading.  Where no background shows anything bright and
-# thin, it is enough to remove whatever is bright and thin, in any rain.  (The price is damage: eyes
-# go as well.)  With an eye among them, a network must tell streaks from it by how the training rain
-# looks, mostly by its direction (figures/claims.md, `factors`), and unseen rain has another.
+# thin, a network can learn that images have nothing bright and thin, and remove it in any rain.
+# (The price is damage: eyes fade.)  With an eye among them, it must tell streaks from it by how the
+# training rain looks, mostly by its direction, and unseen rain has another.
 
 TEST_PATCHES, TEST_PATCH = 16, 128  # test images: how many, and their side in pixels
 # of each copy: how many backgrounds, and which
@@ -619,9 +618,9 @@ def measure(
     step: int,
     network: nn.Module | None = None,
 ) -> list[dict]:
-    """Return a row for each rain: a step, the name of an output, its backgrounds, its measures.
+    """Return a row for each rain: a step, the name of an output, its n, its measures.
 
-    With a network, its output is first made, and put among the test images.
+    n: the number of backgrounds.  With a network, its output is first put among the images.
     """
     rows = []
     for rain, images in tests.items():
@@ -651,7 +650,9 @@ def compare(
     tests = test_images(held_out, rain, seed=seed)
     backgrounds = {}
     networks = {name: build_network(make, seed).to(device) for name in COPIES}
-    points = sorted(range(steps, 0, -max(1, steps // 12)))  # when to measure; the last step is one
+    points = sorted(
+        range(steps, 0, -max(1, steps // 12))
+    )  # about 12 even steps, back from the last
 
     def train_copy(name):
         n, choice = COPIES[name]
@@ -734,7 +735,8 @@ def figure_headline(rows: list[dict], pictures: dict[str, dict[str, Tensor]]) ->
         show(place, image, title=titles[output], colour=colours.get(output, "black"))
     figure.suptitle(
         f"Trained on 8 plain backgrounds, a network leaves {left['few']} of rain that it never "
-        f"saw.\nWith one of the 8 exchanged, it leaves {left['exchanged']}.",
+        f"saw.\nWith one of the 8 exchanged, it leaves {left['exchanged']}; trained on 1,024, "
+        f"{left['many']}.",
         size=17,
     )
     return figure
